@@ -1,0 +1,163 @@
+"""Which launch configuration serves a call.
+
+A configuration is a handful of integers and a variant name. The tuned ones live in the files that the autotuner writes;
+this module knows nothing of files. It holds the types, the buckets that make a key out of a call, the safe heuristic
+that serves every key for which nothing was tuned, and the lookup that it is handed (:func:`use_lookup`).
+
+A lookup must be a pure memory access: it is on the path of every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+OPS = ("soft_topk", "coordinate_descent")
+DIRECTIONS = ("forward", "backward")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+TUNED_N_ITERS = 20
+"""coordinate_descent is tuned at the published number of iterations; segment counts are scaled from there."""
+
+MAX_RESIDENT_N = 32768
+"""The longest row that one program keeps in registers (32 warps, 32 scores a thread)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """How one kernel is launched.
+
+    Attributes:
+        variant: Triton: ``"resident"`` (rows stay in registers) or ``"tiled"`` (rows are re-read tile by tile).
+            CPU: ``"eager"`` or ``"inductor"``.
+        block: Columns a tile. For ``"resident"`` a power of two that is at least n. Unused on the CPU (0).
+        rows_per_program: Rows a program (Triton) or rows a cache-sized block (CPU).
+        num_warps: Warps a program; 0 on the CPU.
+        num_stages: Software-pipelining depth of loads in loops; 0 on the CPU.
+        checkpoint_segments: Segments whose start is saved for the backward of ``coordinate_descent`` at
+            ``TUNED_N_ITERS`` iterations; None for ``soft_topk``.
+        num_threads: CPU only: threads to use, 0 means torch's own setting.
+    """
+
+    variant: str
+    block: int = 0
+    rows_per_program: int = 1
+    num_warps: int = 0
+    num_stages: int = 0
+    checkpoint_segments: int | None = None
+    num_threads: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LaunchConfig:
+        """Builds a configuration from parsed JSON; raises TypeError or ValueError when it is not one."""
+        config = cls(**data)
+        if not isinstance(config.variant, str):
+            raise ValueError(f"variant is {config.variant!r}; a string is needed")
+        for name in ("block", "rows_per_program", "num_warps", "num_stages", "num_threads"):
+            value = getattr(config, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is {value!r}; a whole number of at least 0 is needed")
+        segments = config.checkpoint_segments
+        if segments is not None and (not isinstance(segments, int) or segments < 1):
+            raise ValueError(f"checkpoint_segments is {segments!r}; a whole number of at least 1, or null, is needed")
+        return config
+
+
+class Key(NamedTuple):
+    """What a configuration is for. ``rows`` and ``n`` are bucket bounds, not the call's own sizes."""
+
+    op: str
+    direction: str
+    dtype: str
+    rows: int
+    n: int
+
+
+def next_power_of_2(x: int) -> int:
+    """The smallest power of two that is at least ``x`` (1 for 0)."""
+    return 1 << max(x - 1, 0).bit_length()
+
+
+def bucket_rows(rows: int) -> int:
+    """Rows are bucketed to the next power of four: 1, 4, 16, …, 262144 and above."""
+    bits = max(rows - 1, 0).bit_length()
+    return 1 << min(bits + bits % 2, 18)
+
+
+def bucket_n(n: int) -> int:
+    """Lengths are bucketed to the next power of two, at least 16 and at most 2**24."""
+    return min(max(next_power_of_2(n), 16), 1 << 24)
+
+
+_DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
+
+
+def make_key(op: str, direction: str, dtype: torch.dtype, rows: int, n: int) -> Key:
+    """The key of a call on ``rows`` rows of ``n`` scores of ``dtype``."""
+    return Key(op, direction, _DTYPE_NAMES[dtype], bucket_rows(rows), bucket_n(n))
+
+
+Lookup = Callable[[torch.device, Key], "LaunchConfig | None"]
+
+
+def _nothing_tuned(device: torch.device, key: Key) -> LaunchConfig | None:
+    return None
+
+
+_lookup: Lookup = _nothing_tuned
+
+
+def use_lookup(lookup: Lookup) -> None:
+    """Hands over the lookup that :func:`resolve` asks first."""
+    global _lookup
+    _lookup = lookup
+
+
+def heuristic(key: Key, backend: str) -> LaunchConfig:
+    """A configuration that is right for every key, whether or not it is the fastest.
+
+    Args:
+        key: the bucketed key.
+        backend: ``"triton"`` or ``"cpu"``.
+    """
+    segments = TUNED_N_ITERS if key.op == "coordinate_descent" else None
+    itemsize = 8 if key.dtype == "float64" else 4
+    if backend == "cpu":
+        # a block of rows that stays in a 256 KiB share of the second-level cache
+        rows = max(1, min(256, (1 << 18) // (key.n * itemsize)))
+        return LaunchConfig("eager", rows_per_program=rows, checkpoint_segments=segments)
+    limit = MAX_RESIDENT_N * 4 // itemsize
+    if key.n > limit:
+        return LaunchConfig("tiled", 4096, 1, 16, 1, segments)
+    # about 16 scores a thread; short rows share a program
+    rows = max(1, min(512 // key.n, next_power_of_2(key.rows)))
+    per_warp = 32 * (16 if itemsize == 4 else 8)
+    warps = min(max(next_power_of_2(rows * key.n // per_warp), 1), 32)
+    return LaunchConfig("resident", key.n, rows, warps, 1, segments)
+
+
+def fits(config: LaunchConfig, key: Key, n: int) -> bool:
+    """Whether a Triton configuration may serve rows of length ``n`` (a resident row must fit its block)."""
+    return config.variant != "resident" or config.block >= n
+
+
+def resolve(op: str, direction: str, dtype: torch.dtype, rows: int, n: int, device: torch.device) -> LaunchConfig:
+    """The configuration for a call: the tuned one where there is one that fits, else the heuristic."""
+    key = make_key(op, direction, dtype, rows, n)
+    config = _lookup(device, key)
+    backend = "triton" if device.type == "cuda" else "cpu"
+    if config is None or (backend == "triton" and not fits(config, key, n)):
+        return heuristic(key, backend)
+    return config
+
+
+def scale_segments(config: LaunchConfig, n_iters: int) -> int:
+    """The number of checkpoint segments for ``n_iters`` iterations: the tuned share of them, from 1 to ``n_iters``."""
+    tuned = config.checkpoint_segments or TUNED_N_ITERS
+    return max(1, min(n_iters, round(tuned * n_iters / TUNED_N_ITERS)))
