@@ -2,7 +2,8 @@
 
 The equations are those of the Triton kernels.
 
-``soft_topk``: ``lam_i = min(1, exp((s_i - tau)/eps))`` with the threshold tau such that ``sum(lam) = k``; bracketed Newton on
+``soft_topk``: ``lam_i = min(1, exp((s_i - tau)/eps))`` with the threshold tau such that ``sum(lam) = k``; bracketed
+Newton on
 ``log F``, ``F(tau) = sum(lam)``.
 
 ``coordinate_descent``: ``a_{t+1} = eps_t (log k - logsumexp(min(s, -a_t)/eps_t))``, one scalar a row, as published in
@@ -10,15 +11,19 @@ CoLT5-attention 0.9.0 (arXiv:2303.09752) with the row b eliminated.
 
 How it is made quick without a compiler:
 
-- Work goes in blocks of rows that stay in the cache; every buffer of a block is allocated once a call and reused in place.
-- A sweep of ``soft_topk`` does not exponentiate: ``E_i = exp((s_i - anchor)/eps)`` is kept, and while tau stays within half
+- Work goes in blocks of rows that stay in the cache; every buffer of a block is allocated once a call and reused in
+  place.
+- A sweep of ``soft_topk`` does not exponentiate: ``E_i = exp((s_i - anchor)/eps)`` is kept, and while tau stays
+  within half
   an eps of the anchor a sweep only scales, compares and adds. The anchor is an unevaluated sum hi + lo, so that the
   differences are right to the last bit wherever the scores lie.
 - ``exp2`` is used instead of ``exp`` (it is two to three times as fast in torch).
 - Scalars of a row (tau, brackets, logarithms) are float64 tensors of shape ``[rows, 1]``; there are few of them.
 
-Why results do not depend on the size of a block: each row's sums are over that row alone in an order that depends on n only
-(:func:`_row_sum`), decisions are taken row by row, and the buffers are padded so that ``exp2`` meets every element in its vector
+Why results do not depend on the size of a block: each row's sums are over that row alone in an order that depends on
+n only
+(:func:`_row_sum`), decisions are taken row by row, and the buffers are padded so that ``exp2`` meets every element
+in its vector
 loop (:func:`_padded`; its scalar tail rounds differently).
 """
 
@@ -39,7 +44,6 @@ from .config import LaunchConfig
 VARIANTS = ("eager", "inductor")
 
 _LOG2E = 1.4426950408889634
-_LN2 = 0.6931471805599453
 _INF = float("inf")
 
 _GRAIN = 32768
@@ -58,18 +62,22 @@ _FUSED_SWEEPS = 2
 """Sweeps of one call of the compiled variant."""
 
 _GUARDED_SWEEPS = 20
-"""Bracketed sweeps of the rows that are left; what is left then (scores so large that eps is below their ulp) is sorted."""
+"""Bracketed sweeps of the rows that are left; what is left then (scores so large that eps is below their ulp) is
+sorted."""
 
-_REACH = 0.75
+_REACH = 1.5
 """How far from its anchor, in units of eps/log2(e), a threshold may be before the exponentials are computed anew."""
 
 _TOLERANCE = 16.0
 """Residual, in units of ``finfo.eps`` times U, at which a row is done. U is a sum of n terms, each within about 3 ulp
-(one rounding of the difference, one of the scaled exponent, half an ulp of exp2, one of the scaling), added in a tree (error growing with log n,
-a few ulp): its noise is below 8 ulp. 16 ulp is safely above it, and one Newton step from there lands within the noise."""
+(one rounding of the difference, one of the scaled exponent, half an ulp of exp2, one of the scaling), added in a
+tree (error growing with log n,
+a few ulp): its noise is below 8 ulp. 16 ulp is safely above it, and one Newton step from there lands within the
+noise."""
 
 _FLOOR = 2.0**-7
-"""Share of ``min(k, 1)`` below which U need not be resolved: 16 ulp of it is less than half an ulp of an entry with lam = 1."""
+"""Share of ``min(k, 1)`` below which U need not be resolved: 16 ulp of it is less than half an ulp of an entry with
+lam = 1."""
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,7 +124,8 @@ class _Buffer(NamedTuple):
 
 
 class _Memory(threading.local):
-    """Scratch memory that a thread keeps from one call to the next: fresh pages cost as much as two passes over them."""
+    """Scratch memory that a thread keeps from one call to the next: fresh pages cost as much as two passes over
+    them."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -152,6 +161,16 @@ class _Workspace:
         return _Buffer(memory[:count].view(rows, self.n), memory[:padded])
 
 
+def _aligned(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """``function`` of a few scalars, the same bits wherever among them one stands (see the module's docstring)."""
+    count = x.numel()
+    memory = torch.zeros(_padded(count), dtype=x.dtype, device=x.device)
+    result = memory[:count].view(x.shape)
+    result.copy_(x)
+    function(memory, out=memory)
+    return result
+
+
 def _row_sum(x: Tensor) -> Tensor:
     """Sums of contiguous rows, [R, n] -> [R, 1], added in an order that depends on n alone."""
     n = x.shape[-1]
@@ -173,20 +192,23 @@ def _column(value: float | Tensor, rows: slice, like: Tensor) -> Tensor:
 
 
 def _scores(scores: Tensor, mask: Tensor | None, rows: slice, compute: torch.dtype) -> Tensor:
-    """One block of scores in the compute dtype, -inf where masked. A view of the caller's memory where it can be: only read it."""
+    """One block of scores in the compute dtype, -inf where masked. A view of the caller's memory where it can be:
+    only read it."""
     x = scores[rows].to(compute)
     if mask is not None:
         x = torch.where(mask[rows], x, -_INF)
     return x
 
 
-# --- compiled variants ------------------------------------------------------------------------------------------------
+# --- compiled variants
+# ------------------------------------------------------------------------------------------------
 
 _compiled: dict[tuple[Callable[..., Any], torch.dtype, bool, bool], Callable[..., Any]] = {}
 
 
 def _inductor(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """``function`` compiled by Inductor for blocks such as ``x``, once a process. Whatever fails while compiling is raised, never hidden.
+    """``function`` compiled by Inductor for blocks such as ``x``, once a process. Whatever fails while compiling is
+    raised, never hidden.
 
     Sizes are dynamic; only the dtype and whether there is one row, or one column, make a difference. Each such case
     is a function of its own, for Dynamo counts recompilations by code object.
@@ -199,11 +221,20 @@ def _inductor(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
 
 
 def _fused_newton(
-    x: Tensor, scale: Tensor, hi: Tensor, lo: Tensor, done: Tensor, lower: Tensor, upper: Tensor, k: Tensor, budget: Tensor
+    x: Tensor,
+    scale: Tensor,
+    hi: Tensor,
+    lo: Tensor,
+    done: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    k: Tensor,
+    budget: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A few sweeps, each with the step that follows from it: (hi, lo, done, lam)."""
     wide = scale.double()
     unit = torch.finfo(x.dtype).eps
+    floor = _floor(budget, unit)
     for _ in range(_FUSED_SWEEPS):
         d = (x - hi) - lo
         saturated = d >= 0
@@ -211,7 +242,9 @@ def _fused_newton(
         mass = torch.where(saturated, 0.0, torch.exp2(d * scale)).sum(-1, keepdim=True)
         tau = hi.double() + lo.double()
         left, right = (lower - tau) * wide, (upper - tau) * wide
-        offset, done, _, _ = _update(count, mass, k, budget, torch.zeros_like(tau), done, left, right, False, unit)
+        offset, done, _, _ = _update(
+            count, mass, k, budget, floor, torch.zeros_like(tau), done, left, right, False, unit
+        )
         hi, lo = _moved(hi, lo, offset / wide)
     return hi, lo, done, torch.exp2(((x - hi) - lo) * scale).clamp_max(1.0)
 
@@ -243,7 +276,15 @@ def _fused_next(x: Tensor, top: Tensor, logk: Tensor, barrier: Tensor, eps: Tens
 
 
 def _fused_previous(
-    ds: Tensor, x: Tensor, top: Tensor, k: Tensor, barrier: Tensor, after: Tensor, chain: Tensor, eps: Tensor, scale: Tensor
+    ds: Tensor,
+    x: Tensor,
+    top: Tensor,
+    k: Tensor,
+    barrier: Tensor,
+    after: Tensor,
+    chain: Tensor,
+    eps: Tensor,
+    scale: Tensor,
 ) -> Tensor:
     """Adds iteration t to ds, in place; A_t from A_{t+1}. ``barrier`` is -a_t, ``after`` is -a_{t+1}."""
     shift = torch.minimum(top, barrier)
@@ -253,7 +294,8 @@ def _fused_previous(
     return chain * unit * clamped.to(x.dtype).sum(-1, keepdim=True)
 
 
-# --- soft_topk: the sums of a sweep -------------------------------------------------------------------------------------
+# --- soft_topk: the sums of a sweep
+# -------------------------------------------------------------------------------------
 
 
 class _EagerSums:
@@ -266,6 +308,8 @@ class _EagerSums:
         rows = x.shape[0]
         self.x, self.scale = x, scale
         self.kept, self.work, self.count = space("kept", rows), space("work", rows), space("count", rows)
+        self.few = torch.zeros(_padded(rows), dtype=torch.float64, device=x.device)
+        self.few_view = self.few[:rows].view(rows, 1)
 
     def anchor(self, hi: Tensor, lo: Tensor) -> None:
         """Keeps exp((s - hi - lo)/eps); an overflow to inf is a saturated entry."""
@@ -279,15 +323,20 @@ class _EagerSums:
         """(M, -U), [rows, 1] in the compute dtype, at the threshold anchor + offset."""
         work, count = self.work.view, self.count.view
         # negated, because torch.threshold keeps what is above its threshold
-        torch.mul(self.kept.view, torch.exp2(-offset).to(self.x.dtype).neg_(), out=work)
+        torch.mul(self.kept.view, self._factor(offset).neg_(), out=work)
         torch.le(work, -1.0, out=count)
         torch.threshold_(work, -1.0, 0.0)
         return _row_sum(count), _row_sum(work)
 
+    def _factor(self, offset: Tensor) -> Tensor:
+        torch.neg(offset, out=self.few_view)
+        self.few.exp2_()
+        return self.few_view.to(self.x.dtype, copy=True)
+
     def values(self, offset: Tensor, out: Tensor) -> None:
         """lam at the threshold anchor + offset."""
         work = out if out.dtype == self.x.dtype else self.work.view
-        torch.mul(self.kept.view, torch.exp2(-offset).to(self.x.dtype), out=work)
+        torch.mul(self.kept.view, self._factor(offset), out=work)
         work.clamp_max_(1.0)
         if work is not out:
             out.copy_(work)
@@ -324,8 +373,10 @@ def _moments_of_finite(x: Tensor, finite: Tensor, count: Tensor) -> tuple[Tensor
 def _solve_by_sorting(x: Tensor, k: Tensor, eps: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The threshold of rows with any scores, in a number of sweeps that is the logarithm of n.
 
-    Binary search among the sorted scores v_1 >= v_2 >= … for the first j with ``F(v_j) >= k``. Then the j - 1 scores above v_j are saturated and
-    ``tau = v_j + eps log(sum_{i >= j} exp((v_i - v_j)/eps) / (k - (j - 1)))``. It is returned as that pair: v_j may be too
+    Binary search among the sorted scores v_1 >= v_2 >= … for the first j with ``F(v_j) >= k``. Then the j - 1 scores
+    above v_j are saturated and
+    ``tau = v_j + eps log(sum_{i >= j} exp((v_i - v_j)/eps) / (k - (j - 1)))``. It is returned as that pair: v_j may
+    be too
     large for the sum to be a number of its own.
 
     Args:
@@ -333,7 +384,7 @@ def _solve_by_sorting(x: Tensor, k: Tensor, eps: Tensor, scale: Tensor) -> tuple
         k: float64 [R, 1], between the number of +inf and the number of entries above -inf.
     """
     order = x.sort(dim=-1, descending=True).values
-    rows, n = x.shape
+    n = x.shape[-1]
     infinite = (order == _INF).sum(-1, keepdim=True)
     position = torch.arange(n, device=x.device)
     low = infinite.clone()  # the first candidate, counted from 0
@@ -353,7 +404,8 @@ def _solve_by_sorting(x: Tensor, k: Tensor, eps: Tensor, scale: Tensor) -> tuple
 
 
 class _Problem(NamedTuple):
-    """Rows to solve, with finite thresholds: 0 < budget < count. All but x are [rows, 1]; all but x and scale are float64."""
+    """Rows to solve, with finite thresholds: 0 < budget < count. All but x are [rows, 1]; all but x and scale are
+    float64."""
 
     x: Tensor  # [rows, n], compute dtype
     k: Tensor  # what lam is to sum to over all entries, +inf scores among them
@@ -373,22 +425,29 @@ class _State(NamedTuple):
     done: Tensor
 
 
-def _update(
-    saturated: Tensor, mass: Tensor, k: Tensor, budget: Tensor, offset: Tensor, done: Tensor, left: Tensor, right: Tensor,
-    guarded: bool, unit: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """A Newton step on log F for rows that are not done: the new (offset, done, left, right), all in units of eps/log2(e).
+def _floor(budget: Tensor, unit: float) -> Tensor:
+    """The residual that does not matter, however small U is."""
+    return budget.clamp(max=1.0).mul_(_FLOOR * _TOLERANCE * unit)
 
-    The bracket [left, right] is fixed, and only clamps, unless ``guarded``: then it shrinks, and a step that leaves it is replaced by
+
+def _update(
+    saturated: Tensor, mass: Tensor, k: Tensor, budget: Tensor, floor: Tensor, offset: Tensor, done: Tensor, left:
+    Tensor,
+    right: Tensor, guarded: bool, unit: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """A Newton step on log F for rows that are not done: the new (offset, done, left, right), all in units of
+    eps/log2(e).
+
+    The bracket [left, right] is fixed, and only clamps, unless ``guarded``: then it shrinks, and a step that leaves
+    it is replaced by
     a bisection.
     """
-    tolerance = _TOLERANCE * unit
     residual = (saturated - k).add_(mass)
-    size = residual.abs()
-    reached = size <= torch.maximum(budget.clamp(max=1.0).mul_(_FLOOR), mass).mul_(tolerance)
+    size, steerable = residual.abs(), mass * (_TOLERANCE * unit)
+    reached = size <= torch.maximum(floor, steerable)
     step = torch.log1p(residual / budget).mul_((residual + budget).div_(mass)).mul_(_LOG2E)
     # the last step of a row that is done polishes it, unless U is too little to steer by
-    step = step.masked_fill_(done | (reached & (size > tolerance * mass)) | (size == 0), 0.0)
+    step = step.masked_fill_(done | (reached & (size >= steerable)), 0.0)
     if guarded:
         above = residual > 0
         left, right = torch.where(above, offset, left), torch.where(above, right, offset)
@@ -396,14 +455,18 @@ def _update(
         inside = (candidate >= left) & (candidate <= right)
         offset = torch.where(done | inside | reached, candidate, 0.5 * left + 0.5 * right)
     else:
-        offset = torch.where(done, offset, torch.clamp(offset + step, left, right))
+        offset = (offset + step).clamp_(left, right)
     return offset, done | reached, left, right
 
 
-def _newton(problem: _Problem, state: _State, space: _Workspace, guarded: bool, sweeps: int) -> tuple[_State, _EagerSums]:
+def _newton(
+    problem: _Problem, state: _State, space: _Workspace, guarded: bool, sweeps: int
+) -> tuple[_State, _EagerSums]:
     """At most ``sweeps`` steps; ends when every row is done."""
     hi, lo, offset, done = state
     sums = _EagerSums(problem.x, problem.scale, space)
+    unit = torch.finfo(problem.x.dtype).eps
+    floor = _floor(problem.budget, unit)
     scale = problem.scale.double()
     base = hi.double() + lo
     left, right = (problem.lower - base) * scale, (problem.upper - base) * scale
@@ -411,8 +474,7 @@ def _newton(problem: _Problem, state: _State, space: _Workspace, guarded: bool, 
     for sweep in range(sweeps):
         saturated, negated = sums.sums(offset)
         offset, done, left, right = _update(
-            saturated, negated.neg_(), problem.k, problem.budget, offset, done, left, right, guarded,
-            torch.finfo(problem.x.dtype).eps,
+            saturated, negated.neg_(), problem.k, problem.budget, floor, offset, done, left, right, guarded, unit,
         )  # fmt: skip
         if bool(done.all()):
             break
@@ -429,7 +491,8 @@ def _newton(problem: _Problem, state: _State, space: _Workspace, guarded: bool, 
 
 
 def _newton_fused(problem: _Problem, state: _State) -> tuple[_State, Tensor]:
-    """The same, unguarded, and lam: a few sweeps a compiled call; hi + lo is the threshold itself, the offset stays 0."""
+    """The same, unguarded, and lam: a few sweeps a compiled call; hi + lo is the threshold itself, the offset stays
+    0."""
     hi, lo, offset, done = state
     constants = (problem.lower, problem.upper, problem.k, problem.budget)
     lam = problem.x
@@ -469,10 +532,16 @@ def _threshold_and_values(
         # rows that need no solving go along with harmless numbers
         budget, count = torch.where(settled, 0.5, budget), torch.where(settled, 1.0, count)
         y = torch.where(finite & ~settled, x, 0.0)
-        top = torch.where(finite & ~settled, x, -_INF).amax(-1, keepdim=True).double().clamp_min(-torch.finfo(dtype).max)
-        bottom = torch.where(finite & ~settled, x, _INF).amin(-1, keepdim=True).double().clamp_max(torch.finfo(dtype).max)
+        top = (
+            torch.where(finite & ~settled, x, -_INF).amax(-1, keepdim=True).double().clamp_min(-torch.finfo(dtype).max)
+        )
+        bottom = (
+            torch.where(finite & ~settled, x, _INF).amin(-1, keepdim=True).double().clamp_max(torch.finfo(dtype).max)
+        )
         mean = y.sum(-1, keepdim=True).double() / count
-        deviation = torch.where(finite, y - mean.to(dtype), 0.0).square_().sum(-1, keepdim=True).double().div_(count).sqrt_()
+        deviation = (
+            torch.where(finite, y - mean.to(dtype), 0.0).square_().sum(-1, keepdim=True).double().div_(count).sqrt_()
+        )
     else:
         mean, deviation = _moments(x, space("work", rows).view)
     scale = _scale(eps, dtype)
@@ -484,7 +553,7 @@ def _threshold_and_values(
     largest = top - eps * torch.log(budget) - slack
     lower = torch.maximum(lower, torch.where(budget <= 1, largest, lower))
     # a normal distribution's quantile, and eps more because of what lies below tau
-    start = mean + deviation * torch.special.ndtri(1.0 - budget / count) + eps
+    start = mean + deviation * _aligned(torch.special.ndtri, 1.0 - budget / count) + eps
     start = torch.clamp(start.nan_to_num_(), lower, upper)
     zero = x.new_zeros((rows, 1))
     hi, lo = _moved(zero, zero, start)
@@ -547,7 +616,8 @@ def soft_topk_forward(
         config: rows a block, "eager" or "inductor", threads.
 
     Returns:
-        lam [R, n] in the scores' dtype and the threshold [R, 2] in the compute dtype: tau = hi + lo, an unevaluated sum.
+        lam [R, n] in the scores' dtype and the threshold [R, 2] in the compute dtype: tau = hi + lo, an unevaluated
+        sum.
         hi is -inf where every valid entry is saturated, +inf where every finite entry is 0, NaN for a NaN row.
 
     Raises:
@@ -579,7 +649,8 @@ def soft_topk_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The implicit gradient: ``ds = lam (g - gbar)/eps`` on U, ``dk = gbar``, ``deps = -sum((s - tau) ds)/eps``.
 
-    U holds the unsaturated entries (s < tau), and gbar is the mean of g over U weighted by lam; it is 0 where U carries no mass.
+    U holds the unsaturated entries (s < tau), and gbar is the mean of g over U weighted by lam; it is 0 where U
+    carries no mass.
 
     Args:
         grad: [R, n], any strides; what it holds outside U has no influence.
@@ -668,7 +739,8 @@ def _soft_backward_fused(
     return mean.double(), moment.double()
 
 
-# --- coordinate_descent -----------------------------------------------------------------------------------------------
+# --- coordinate_descent
+# -----------------------------------------------------------------------------------------------
 
 
 def _schedule(n_iters: int, eps: float, eps_init: float, eps_decay: float) -> list[float]:
@@ -769,7 +841,8 @@ class _Descent:
         return result.add_(offset, alpha=1.0 / scale).to(self.x.dtype)
 
     def _next_at_floor(self, t: int, shift: Tensor) -> Tensor:
-        """Without an exponential while eps stays: min(E, w) with E = exp((s - anchor)/eps), w = exp((shift - anchor)/eps).
+        """Without an exponential while eps stays: min(E, w) with E = exp((s - anchor)/eps), w = exp((shift -
+        anchor)/eps).
 
         The anchor is the point of a fixed grid that is next to the shift: it follows from a_t alone, and so the bits
         of a_{t+1} do not depend on where an iteration was begun.
@@ -781,8 +854,16 @@ class _Descent:
             kept.mul_(scale)
             self.kept.flat.exp2_()
             self.anchor = anchor
-        torch.minimum(kept, torch.exp2((shift - anchor).mul_(scale)), out=self.work.view)
-        return _row_sum(self.work.view).double().log_().sub_(self.logk).mul_(self.schedule[t]).add_(anchor).to(self.x.dtype)
+        torch.minimum(kept, _aligned(torch.exp2, (shift - anchor).mul_(scale)), out=self.work.view)
+        return (
+            _row_sum(self.work.view)
+            .double()
+            .log_()
+            .sub_(self.logk)
+            .mul_(self.schedule[t])
+            .add_(anchor)
+            .to(self.x.dtype)
+        )
 
     def run(self, start: int, stop: int, barrier: Tensor | None) -> Iterator[Tensor]:
         """-a_{start+1} … -a_stop."""
@@ -832,7 +913,8 @@ def coordinate_descent_forward(
         config: rows a block, "eager" or "inductor", threads.
 
     Returns:
-        lam [R, n] in the scores' dtype and states [R, segments] in the compute dtype, the scalar a at the end of each segment:
+        lam [R, n] in the scores' dtype and states [R, segments] in the compute dtype, the scalar a at the end of
+        each segment:
         -inf where k is 0 or nothing is valid (lam is 0 there), NaN for a NaN row.
 
     Raises:
@@ -890,7 +972,8 @@ def coordinate_descent_backward(
     """The gradient of :func:`coordinate_descent_forward`, iteration by iteration backwards.
 
     With U_t the entries with ``s + a_t <= 0`` and C_t the others, A_{t+1} the gradient of a_{t+1} and
-    ``p_t = exp((min(s, -a_t) + a_{t+1})/eps_t)/k``: ``ds -= A_{t+1} p_t`` on U_t and ``A_t = A_{t+1} sum_{C_t} p_t``, where that sum is a
+    ``p_t = exp((min(s, -a_t) + a_{t+1})/eps_t)/k``: ``ds -= A_{t+1} p_t`` on U_t and ``A_t = A_{t+1} sum_{C_t}
+    p_t``, where that sum is a
     count times one number. The a_t inside a segment are computed again by the very code of the forward, so that the
     gradient does not depend on the number of segments. It ends early when every A_t is 0: nothing was clamped before.
 
@@ -928,7 +1011,8 @@ def coordinate_descent_backward(
 
 
 def _descend_backward(descent: _Descent, g: Tensor, saved: Tensor, n_iters: int) -> tuple[Tensor, Tensor]:
-    """(ds [rows, n], dL/dlog k float64 [rows, 1]) of a block; ``saved`` holds a_t at the end of each segment, [rows, segments]."""
+    """(ds [rows, n], dL/dlog k float64 [rows, 1]) of a block; ``saved`` holds a_t at the end of each segment, [rows,
+    segments]."""
     x, schedule, scales, dtype = descent.x, descent.schedule, descent.scales, descent.x.dtype
     rows, segments = saved.shape
     ds, work, count = descent.space("ds", rows), descent.work, descent.space("count", rows).view
@@ -953,7 +1037,7 @@ def _descend_backward(descent: _Descent, g: Tensor, saved: Tensor, n_iters: int)
         segment = last - 1
         while segment > 0 and bounds[last] - bounds[segment] < _TOGETHER:
             segment -= 1
-        trace = []  # -a_t for t = first … bounds[last]
+        trace: list[Tensor] = []  # -a_t for t = first … bounds[last]
         for index in range(segment, last):
             entry = barriers[:, index - 1 : index].contiguous() if index else None
             trace.extend(descent.run(bounds[index], bounds[index + 1] - 1, entry))
@@ -970,12 +1054,12 @@ def _descend_backward(descent: _Descent, g: Tensor, saved: Tensor, n_iters: int)
         shift = torch.minimum(descent.top, before)
         wide = shift.double()
         # exp((shift + a_{t+1})/eps)/k: what an entry at the shift carries
-        unit = torch.exp((wide - after) / eps).div_(descent.clamped)
+        unit = _aligned(torch.exp2, (wide - after).mul_(_LOG2E).div_(eps)).div_(descent.clamped)
         offset = shift * scale
         share = unit.neg()
         if not descent.any_large:
             # the exponents are those of offset/scale, not of the shift: a rounding apart
-            share.mul_(torch.exp((offset.double() - wide * scale).mul_(_LN2)))
+            share.mul_(_aligned(torch.exp2, offset.double() - wide * scale))
         columns = [value.split(1, dim=-1) for value in (before, after, share, unit, offset.neg_(), shift)]
         clamping = (before < descent.top).any(0).tolist()
         for t in range(stop - 1, first - 1, -1):

@@ -1,4 +1,5 @@
-"""The torch backend's raw functions, against oracles written here in float64 and, where it is there, coordroute.reference."""
+"""The torch backend's raw functions, against oracles written here in float64 and, where it is there,
+coordroute.reference."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def _seed():
 
 
 def exact(scores, k, eps):
-    """(lam, tau, kink), float64; lam is differentiable in scores, k and eps through the closed form on the right saturated set."""
+    """(lam, tau, kink), float64; lam is differentiable in scores, k and eps through the closed form on the right
+    saturated set."""
     lams, taus, kinks = [], [], []
     for row in range(scores.shape[0]):
         top = scores[row].detach().max()
@@ -129,7 +131,9 @@ def test_soft_topk_uses_reference_oracle():
     for row in range(6):
         truth = oracles.soft_topk_numpy(s[row].double().numpy(), 50.5, 0.05, mask[row].numpy())[0]
         assert float((lam[row].double() - torch.as_tensor(truth)).abs().max()) <= 1e-6
-        lam_row, _ = cpu.coordinate_descent_forward(s[row : row + 1], 50.5, mask[row : row + 1], 20, 0.05, 4.0, 0.7, False, 1, EAGER)
+        lam_row, _ = cpu.coordinate_descent_forward(
+            s[row : row + 1], 50.5, mask[row : row + 1], 20, 0.05, 4.0, 0.7, False, 1, EAGER
+        )
         truth = oracles.coordinate_descent_numpy(
             s[row].double().numpy(), 50.5, 20, 0.05, eps_init=4.0, eps_decay=0.7, mask=mask[row].numpy()
         )[0]
@@ -162,7 +166,8 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(ds, wide_ds.to(dtype)) and torch.equal(dk, wide_dk)
     arguments = (40.0, None, 20, 0.1, 4.0, 0.7, False, 4, EAGER)
     assert torch.equal(
-        cpu.coordinate_descent_forward(s, *arguments)[0], cpu.coordinate_descent_forward(s.float(), *arguments)[0].to(dtype)
+        cpu.coordinate_descent_forward(s, *arguments)[0],
+        cpu.coordinate_descent_forward(s.float(), *arguments)[0].to(dtype),
     )
 
 
@@ -194,7 +199,9 @@ def test_edges_of_soft_topk(dtype, rows):
     assert bool(lam[1].isnan().all() and ds[1].isnan().all() and dk[1].isnan() and deps[1].isnan())
     good = [0, 2, 4, 5, 7]
     for row in (0, 2, 3, 4, 5, 6, 7):
-        assert bool(lam[row].isfinite().all() and ds[row].isfinite().all() and dk[row].isfinite() and deps[row].isfinite()), row
+        assert bool(
+            lam[row].isfinite().all() and ds[row].isfinite().all() and dk[row].isfinite() and deps[row].isfinite()
+        ), row
         assert bool((lam[row][~mask[row]] == 0).all() and (ds[row][~mask[row]] == 0).all())
     torch.testing.assert_close(lam[good].sum(-1), torch.full((5,), 2.5, dtype=dtype))
     assert lam[4, 0] == 1 and ds[4, 0] == 0 and lam[5, 0] == 0 and lam[5, 1] == 1
@@ -232,7 +239,8 @@ def test_small_shapes(shape):
     s = torch.randn(shape)
     lam, threshold = cpu.soft_topk_forward(s, 0.5, 0.1, None, EAGER)
     ds, dk, deps = cpu.soft_topk_backward(torch.randn(shape), s, threshold, 0.1, None, EAGER)
-    assert lam.shape == ds.shape == shape and threshold.shape == (shape[0], 2) and dk.shape == deps.shape == (shape[0],)
+    assert lam.shape == ds.shape == shape and threshold.shape == (shape[0], 2)
+    assert dk.shape == deps.shape == (shape[0],)
     if shape == (4, 1):
         torch.testing.assert_close(lam, torch.full(shape, 0.5))
     lam, states = cpu.coordinate_descent_forward(s, 0.5, None, 3, 0.1, 0.1, 1.0, False, 2, EAGER)
@@ -315,9 +323,7 @@ def test_budgets_of_coordinate_descent(dtype):
     lam, states = cpu.coordinate_descent_forward(s, *arguments, 2, EAGER)
     ds, dk = cpu.coordinate_descent_backward(g, s, states, *arguments, EAGER)
     assert bool((lam[:2] == 0).all() and (ds[:2] == 0).all() and (dk[:2] == 0).all())
-    assert torch.equal(
-        lam[3], cpu.coordinate_descent_forward(s[3:4], 9.0, *arguments[1:6], False, 2, EAGER)[0][0]
-    )
+    assert torch.equal(lam[3], cpu.coordinate_descent_forward(s[3:4], 9.0, *arguments[1:6], False, 2, EAGER)[0][0])
     assert bool(lam[4].isnan().all() and ds[4].isnan().all() and dk[4].isnan())
     assert dk[5] == 0 and bool(lam[5].isfinite().all())
     assert bool((cpu.coordinate_descent_forward(s, 0.0, *arguments[1:6], False, 2, EAGER)[0] == 0).all())
@@ -327,18 +333,24 @@ def test_budgets_of_coordinate_descent(dtype):
         assert bool(lam.isfinite().all()) and all(bool(value.isfinite().all()) for value in out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", (1, 5, 31, 64, 1000, 40000))
-def test_blocks_and_repetition_change_no_bit(n):
-    s, g = torch.randn(9, n), torch.randn(9, n)
+def test_blocks_and_repetition_change_no_bit(n, dtype):
+    rows = 9 if n > 1000 else 41
+    s, g = torch.randn(rows, n, dtype=dtype), torch.randn(rows, n, dtype=dtype)
     s[3] *= 100
     if n > 1:
         s[4] = s[4] / s[5]
     k, eps = 0.141 * n, 0.03
+    arguments = (k, None, 9, eps, 1.0, 0.5, False)
     results = []
-    for rows in (1, 2, 4, 9, 9, 100):
-        config = LaunchConfig("eager", rows_per_program=rows)
+    for block in (1, 2, 4, 9, 9, 17, 100):
+        config = LaunchConfig("eager", rows_per_program=block)
         lam, threshold = cpu.soft_topk_forward(s, k, eps, None, config)
-        results.append((lam, threshold, *cpu.soft_topk_backward(g, s, threshold, eps, None, config)))
+        values, states = cpu.coordinate_descent_forward(s, *arguments, 4, config)
+        gradients = cpu.soft_topk_backward(g, s, threshold, eps, None, config)
+        more = cpu.coordinate_descent_backward(g, s, states, *arguments, config)
+        results.append((lam, threshold, *gradients, values, states, *more))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 

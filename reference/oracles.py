@@ -1,0 +1,422 @@
+"""The truth: float64 oracles of both operators, with their gradients, and the plain torch versions.
+
+The numpy oracles share no code with the kernels they judge, nor with each other:
+
+- :func:`coordinate_descent_numpy` is the published recurrence with b as a vector (CoLT5, https://arxiv.org/abs/2303.09752;
+  eps-scaling as in CoDA, https://arxiv.org/abs/2304.04947).
+- :func:`soft_topk_numpy` sorts: for every number m of saturated entries the threshold has a closed form, and the right m is the
+  first that is consistent. It iterates on nothing.
+
+All of them take rows, scores [R, n], with k and eps a number or one value a row, and follow the contract for odd input:
+NaN in a valid entry makes the row NaN, -inf counts as masked, +inf is saturated.
+
+The torch versions are plain eager code in any dtype. In float32 they are the yardstick that a kernel's error is compared with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+K_FLOOR = 1e-20
+
+
+def eps_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay: float) -> list[float]:
+    """eps_0 … eps_T as published: eps_0 = max(eps_init or eps, eps), then max(eps * eps_decay, eps)."""
+    current = max(eps_init or eps, eps)
+    schedule = [current]
+    for _ in range(n_iters):
+        current = max(current * eps_decay, eps)
+        schedule.append(current)
+    return schedule
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of input in float64, with what is valid worked out.
+
+    Attributes:
+        s: [R, n]; -inf where an entry does not count, NaN replaced by -inf.
+        k: [R].
+        eps: [R].
+        valid: [R, n], entries that count.
+        nan: [R], rows that must be NaN throughout.
+    """
+
+    s: Array
+    k: Array
+    eps: Array
+    valid: NDArray[np.bool_]
+    nan: NDArray[np.bool_]
+
+
+def rows_of(s: Any, k: Any, eps: Any, mask: Any | None) -> Rows:
+    """Brings input into :class:`Rows`."""
+    s = np.atleast_2d(np.array(s, dtype=np.float64))
+    rows = s.shape[0]
+    k = np.broadcast_to(np.asarray(k, dtype=np.float64).reshape(-1), (rows,)).copy()
+    eps = np.broadcast_to(np.asarray(eps, dtype=np.float64).reshape(-1), (rows,)).copy()
+    keep = np.ones(s.shape, bool) if mask is None else np.broadcast_to(np.asarray(mask, bool), s.shape)
+    s[~keep] = -np.inf
+    nan = np.isnan(s).any(axis=1) | np.isnan(k) | ~(eps > 0) | ~np.isfinite(eps)
+    s = np.where(np.isnan(s), -np.inf, s)
+    return Rows(s, k, eps, s > -np.inf, nan)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What an oracle says of a batch of rows.
+
+    Attributes:
+        lam: [R, n].
+        threshold: [R]: tau of the exact solver, -a_T of coordinate descent; ±inf in rows that are all 1 or all 0.
+        grad_scores: [R, n], grad_k, grad_eps: [R], for the given gradient of lam (None without one; coordinate descent has no
+            grad_eps).
+        error_lam: [R], the error of ‖lam‖ to expect of arithmetic with unit roundoff 1: multiply by the roundoff of a type.
+        error_scores, error_k, error_eps: [R], likewise for the gradients.
+        kink: [R], the distance of the nearest score to a kink, in units of the rounding of the thresholds (as for error_*).
+    """
+
+    lam: Array
+    threshold: Array
+    grad_scores: Array | None
+    grad_k: Array | None
+    grad_eps: Array | None
+    error_lam: Array
+    error_scores: Array
+    error_k: Array
+    error_eps: Array
+    kink: Array
+
+
+def _norm(x: Array) -> Array:
+    return np.sqrt(np.sum(x * x, axis=-1))
+
+
+# --- the exact solver ------------------------------------------------------------------------------------------------
+
+
+def soft_topk_numpy(s: Any, k: Any, eps: Any, mask: Any | None = None) -> tuple[Array, Array]:
+    """The exact optimum by sorting, in float64.
+
+    With the m largest scores saturated the others must carry k - m, so
+
+        tau_m = eps (logsumexp(s_{m+1..n} / eps) - log(k - m)),
+
+    and the answer is the first m for which no other entry would exceed 1: s_{m+1} <= tau_m.
+
+    Args:
+        s: scores [R, n] (or [n]).
+        k: the budget, a number or [R]; taken within [0, number of valid entries].
+        eps: the temperature, a number or [R].
+        mask: bool [R, n], True = valid.
+
+    Returns:
+        lam [R, n] and tau [R].
+    """
+    rows = rows_of(s, k, eps, mask)
+    finite = np.isfinite(rows.s)
+    n_inf = np.sum(rows.s == np.inf, axis=1)
+    n_finite = finite.sum(axis=1)
+    count, n = rows.s.shape
+    budget = rows.k - n_inf
+    full = rows.k >= n_finite + n_inf
+    empty = ~full & (budget <= 0)
+    easy = full | empty | rows.nan
+    budget = np.where(easy, 1.0, budget)
+    eps_rows = np.where(rows.nan, 1.0, rows.eps)
+    tau = np.where(full, -np.inf, np.inf)
+    if n:
+        ordered = -np.sort(-np.where(finite, rows.s, -np.inf), axis=1)  # falling, what does not count last
+        scaled = ordered / eps_rows[:, None]
+        with np.errstate(invalid="ignore"):
+            tail = np.logaddexp.accumulate(scaled[:, ::-1], axis=1)[:, ::-1]  # logsumexp of entries m+1 … n
+        m = np.arange(n)
+        left = budget[:, None] - m
+        with np.errstate(divide="ignore", invalid="ignore"):
+            candidates = eps_rows[:, None] * (tail - np.log(np.where(left > 0, left, np.nan)))
+            consistent = (left > 0) & (ordered <= candidates) & (m < n_finite[:, None])
+        # where k - m <= 1 no other entry can exceed 1, whatever rounding says of a tie
+        consistent |= (left > 0) & (left <= 1) & (m < n_finite[:, None])
+        first = np.argmax(consistent, axis=1)
+        tau = np.where(easy, tau, candidates[np.arange(count), first])
+    tau = np.where(rows.nan, np.nan, tau)
+    lam = _lam(rows, tau)
+    return lam, tau
+
+
+def _lam(rows: Rows, tau: Array) -> Array:
+    with np.errstate(invalid="ignore", over="ignore"):
+        z = (rows.s - tau[:, None]) / rows.eps[:, None]
+        lam = np.exp(np.minimum(z, 0.0))
+    lam = np.where(rows.s == np.inf, 1.0, lam)
+    lam = np.where(rows.valid & (rows.k > 0)[:, None], lam, 0.0)
+    lam = np.where(np.isneginf(tau)[:, None] & rows.valid, 1.0, lam)
+    return np.where(rows.nan[:, None], np.nan, lam)
+
+
+def soft_topk_truth(s: Any, k: Any, eps: Any, mask: Any | None = None, g: Any | None = None) -> Truth:
+    """The exact optimum and, for a gradient ``g`` [R, n] of lam, its gradients by implicit differentiation, in float64.
+
+    With U the unsaturated valid entries: gbar = sum_U lam g / sum_U lam, ds = lam (g - gbar)/eps on U, dk = gbar,
+    deps = -sum (s - tau) ds / eps; all 0 where U carries nothing.
+    """
+    rows = rows_of(s, k, eps, mask)
+    lam, tau = soft_topk_numpy(s, k, eps, mask)
+    eps_rows = np.where(rows.nan, 1.0, rows.eps)
+    inner = np.isfinite(tau)
+    with np.errstate(invalid="ignore", over="ignore"):
+        d = np.where(np.isfinite(rows.s) & inner[:, None], rows.s - tau[:, None], 0.0)
+    z = d / eps_rows[:, None]
+    free = (d < 0) & (lam > 0)
+    # exp rounds, its argument rounds (|z| ulps), the sum that fixes tau rounds (a tree: a few ulps)
+    error_lam = _norm(np.where(free, np.nan_to_num(lam) * (8.0 + np.abs(z)), 0.0)) + 1.0
+    zero = np.zeros(lam.shape[0])
+    grad_s = grad_k = grad_eps = None
+    error_s, error_k, error_eps = zero, zero, zero
+    if g is not None:
+        g = np.where(free, np.atleast_2d(np.asarray(g, dtype=np.float64)), 0.0)
+        weight = np.where(free, lam, 0.0)
+        mass = weight.sum(axis=1)
+        safe = np.where(mass > 0, mass, 1.0)
+        gbar = np.where(mass > 0, (weight * g).sum(axis=1) / safe, 0.0)
+        grad_s = weight * (g - gbar[:, None]) / eps_rows[:, None]
+        grad_k = gbar
+        grad_eps = -(d * grad_s).sum(axis=1) / eps_rows
+        # gbar's own error: every lam is off by up to (8 + |z|) ulps, and so are the products with g
+        spread = np.abs(g) + np.abs(gbar)[:, None]
+        error_k = (weight * (8.0 + np.abs(z)) * spread).sum(axis=1) / safe
+        entry = weight * ((8.0 + np.abs(z)) * spread + error_k[:, None]) / eps_rows[:, None]
+        error_s = _norm(entry)
+        error_eps = (np.abs(d) * entry).sum(axis=1) / eps_rows
+        row_nan = np.where(rows.nan, np.nan, 0.0)
+        grad_s, grad_k, grad_eps = grad_s + row_nan[:, None], grad_k + row_nan, grad_eps + row_nan
+    # tau in working precision is off by a few ulps of itself, and by the rounding of the sum, in units of eps
+    scale = 4.0 * np.abs(np.where(inner, tau, 0.0)) + 16.0 * eps_rows
+    distance = np.where(np.isfinite(rows.s) & inner[:, None], np.abs(d), np.inf).min(axis=1, initial=np.inf)
+    return Truth(lam, tau, grad_s, grad_k, grad_eps, error_lam, error_s, error_k, error_eps, distance / scale)
+
+
+# --- coordinate descent ----------------------------------------------------------------------------------------------
+
+
+def coordinate_descent_numpy(
+    s: Any,
+    k: Any,
+    n_iters: int,
+    eps: float,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    mask: Any | None = None,
+) -> tuple[Array, Array]:
+    """The published recurrence in float64, with b as a vector.
+
+    Args:
+        s: scores [R, n] (or [n]).
+        k: the budget, a number or [R] (the caller clamps a tensor's values).
+        n_iters: T.
+        eps, eps_init, eps_decay: the schedule, see :func:`eps_schedule`.
+        mask: bool [R, n], True = valid.
+
+    Returns:
+        lam [R, n] and the trace of a, [T, R], a_1 … a_T.
+    """
+    truth, trace = _descend(rows_of(s, k, eps, mask), n_iters, eps, eps_init, eps_decay, None)
+    return truth.lam, trace
+
+
+def coordinate_descent_truth(
+    s: Any,
+    k: Any,
+    n_iters: int,
+    eps: float,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    mask: Any | None = None,
+    g: Any | None = None,
+) -> Truth:
+    """The published recurrence and, for a gradient ``g`` [R, n] of lam, its gradients by reverse mode, in float64."""
+    return _descend(rows_of(s, k, eps, mask), n_iters, eps, eps_init, eps_decay, g)[0]
+
+
+def _descend(
+    rows: Rows, n_iters: int, eps: float, eps_init: float | None, eps_decay: float, g: Any | None
+) -> tuple[Truth, Array]:
+    schedule = eps_schedule(n_iters, eps, eps_init, eps_decay)
+    saturated = rows.s == np.inf
+    dead = ~rows.valid.any(axis=1) | (rows.k <= 0)
+    easy = rows.nan | dead
+    valid = rows.valid & ~easy[:, None]
+    # a +inf score is saturated from the first clamp on: its b is -(s + a), so s + b is -a
+    s = np.where(valid & ~saturated, rows.s, 0.0)
+    log_k = np.log(np.maximum(np.where(easy, 1.0, rows.k), K_FLOOR))
+    b = -s
+    a = np.zeros(s.shape[0])
+    trace, softmaxes, clamped = [], [], []
+    error = np.zeros(s.shape[0])  # of a_t, in units of the roundoff
+    kink = np.full(s.shape[0], np.inf)
+    for t in range(n_iters):
+        e = schedule[t]
+        if t == 0:
+            x = np.zeros_like(s)
+        else:
+            x = np.where(saturated, -a[:, None], s + b)
+        x = np.where(valid, x / e, -np.inf)
+        top = np.where(easy, 0.0, x.max(axis=1, initial=-np.inf))
+        p = np.where(valid, np.exp(x - top[:, None]), 0.0)
+        total = np.where(easy, 1.0, p.sum(axis=1))
+        p = p / total[:, None]
+        a = e * (log_k - (np.log(total) + top))
+        over = valid & (saturated | (s + a[:, None] > 0))
+        b = np.where(over, -(s + a[:, None]), 0.0)
+        # running error: what a step hands on of the last error is the clamped share of the softmax, what it adds is the
+        # rounding of a, of the shift, and of eps (log k - log sum)
+        handed = np.where(clamped[-1], p, 0.0).sum(axis=1) if clamped else 0.0
+        rounding = 4.0 * np.abs(a) + 2.0 * np.abs(top) * e + e * (8.0 + np.abs(log_k) + np.abs(np.log(total)))
+        error = handed * error + rounding
+        distance = np.where(valid & ~saturated, np.abs(s + a[:, None]), np.inf).min(axis=1, initial=np.inf)
+        # rounding errors of independent signs add as a root of squares: an eighth of the worst case is left out as a kink
+        kink = np.minimum(kink, distance / np.maximum(error / 8.0, 1e-300))
+        trace.append(a)
+        softmaxes.append(p)
+        clamped.append(over)
+    e = schedule[n_iters]
+    z = np.where(saturated, 0.0, (s + a[:, None] + b) / e)
+    lam = np.where(valid, np.exp(z), 0.0)
+    error_lam = _norm(lam * (8.0 + np.abs(z) + np.where(clamped[-1], 0.0, error[:, None] / e))) + 1.0
+    lam = np.where(rows.nan[:, None], np.nan, lam)
+    zero = np.zeros(s.shape[0])
+    grad_s = grad_k = None
+    error_s, error_k = zero, zero
+    if g is not None:
+        g = np.where(valid, np.atleast_2d(np.asarray(g, dtype=np.float64)), 0.0)
+        at = np.where(clamped[-1] | ~valid, 0.0, g * np.nan_to_num(lam) / e)
+        grad_s = at.copy()
+        adjoint = at.sum(axis=1)
+        # relative errors: of lam and p (through a), and the sums'
+        relative = 16.0 + error / e
+        magnitude = np.abs(at) * (relative[:, None] + np.abs(z))
+        weight = magnitude.sum(axis=1)
+        dlog_k, error_log_k = zero.copy(), zero.copy()
+        for t in range(n_iters - 1, 0, -1):
+            e_t, p = schedule[t], softmaxes[t]
+            over = clamped[t - 1]
+            dlog_k = dlog_k + adjoint * e_t
+            error_log_k = error_log_k + weight * e_t
+            part = np.where(over | ~valid, 0.0, adjoint[:, None] * p)
+            grad_s -= part
+            sharper = 16.0 + error / e_t
+            magnitude += np.where(over, 0.0, p) * (weight + np.abs(adjoint) * sharper)[:, None]
+            share = np.where(over, p, 0.0).sum(axis=1)
+            weight = (weight + np.abs(adjoint) * sharper) * share
+            adjoint = adjoint * share
+        dlog_k = dlog_k + adjoint * schedule[0]
+        error_log_k = error_log_k + weight * schedule[0]
+        above = ~easy & (rows.k >= K_FLOOR)
+        safe = np.where(above, rows.k, 1.0)
+        grad_k = np.where(above, dlog_k / safe, 0.0)
+        error_k = np.where(above, error_log_k / safe, 0.0) + np.abs(grad_k)
+        error_s = _norm(np.where(valid, magnitude, 0.0))
+        row_nan = np.where(rows.nan, np.nan, 0.0)
+        grad_s, grad_k = grad_s + row_nan[:, None], grad_k + row_nan
+    threshold = np.where(dead, np.inf, -a)
+    threshold = np.where(rows.nan, np.nan, threshold)
+    kink = np.where(easy, np.inf, kink)
+    truth = Truth(lam, threshold, grad_s, grad_k, None, error_lam, error_s, error_k, zero, kink)
+    return truth, np.array(trace)
+
+
+# --- plain torch -----------------------------------------------------------------------------------------------------
+
+
+def coordinate_descent_torch(
+    scores: torch.Tensor,
+    k: torch.Tensor | float,
+    *,
+    n_iters: int,
+    eps: float,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The published recurrence in eager torch, in the scores' own dtype; autograd unrolls it.
+
+    Args:
+        scores: [R, n]; k: a number or [R]; mask: bool [R, n], True = valid.
+
+    Returns:
+        lam [R, n], differentiable in scores and k.
+    """
+    lowest = -torch.finfo(scores.dtype).max
+    k = k.reshape(-1, 1) if isinstance(k, torch.Tensor) else torch.full((1, 1), k, dtype=scores.dtype, device=scores.device)
+    log_k = torch.log(k.clamp(min=K_FLOOR))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, lowest)
+    b = -scores
+    schedule = eps_schedule(n_iters, eps, eps_init, eps_decay)
+    a = torch.zeros((), dtype=scores.dtype, device=scores.device)
+    for e in schedule[:n_iters]:
+        x = (scores + b) / e
+        if mask is not None:
+            x = x.masked_fill(~mask, lowest)
+        a = e * (log_k - x.logsumexp(dim=-1, keepdim=True))
+        b = -torch.relu(scores + a)
+    lam = ((scores + a + b) / schedule[-1]).exp()
+    return lam if mask is None else lam.masked_fill(~mask, 0.0)
+
+
+class _SoftTopk(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor, k: torch.Tensor, eps: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        s = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        n_valid = (s > -torch.inf).sum(dim=-1, keepdim=True)
+        ordered = s.sort(dim=-1, descending=True).values
+        tail = (ordered / eps).flip(-1).logcumsumexp(dim=-1).flip(-1)
+        m = torch.arange(s.shape[-1], device=s.device)
+        left = k - m
+        candidates = eps * (tail - left.clamp(min=torch.finfo(s.dtype).tiny).log())
+        consistent = (left > 0) & (m < n_valid) & ((ordered <= candidates) | (left <= 1))
+        first = consistent.to(torch.uint8).argmax(dim=-1, keepdim=True)
+        tau = candidates.gather(-1, first)
+        tau = torch.where(k >= n_valid, -torch.inf, torch.where(k <= 0, torch.inf, tau))
+        d = s - tau
+        lam = torch.where(s > -torch.inf, (d / eps).clamp(max=0).exp(), 0.0)
+        free = (d < 0) & (lam > 0)
+        ctx.save_for_backward(torch.where(free, d, 0.0), torch.where(free, lam, 0.0), eps)
+        return lam
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        d, weight, eps = ctx.saved_tensors
+        grad = torch.where(weight > 0, grad, 0.0)
+        mass = weight.sum(dim=-1, keepdim=True)
+        gbar = torch.where(mass > 0, (weight * grad).sum(dim=-1, keepdim=True) / mass, 0.0)
+        ds = weight * (grad - gbar) / eps
+        return ds, gbar, -(d * ds).sum(dim=-1, keepdim=True) / eps, None
+
+
+def soft_topk_torch(
+    scores: torch.Tensor, k: torch.Tensor | float, *, eps: torch.Tensor | float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The exact optimum in eager torch by sorting, in the scores' own dtype, with the implicit gradient.
+
+    Args:
+        scores: [R, n]; k, eps: a number or [R]; mask: bool [R, n], True = valid.
+
+    Returns:
+        lam [R, n], differentiable in scores, k and eps.
+    """
+
+    def column(value: torch.Tensor | float) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.reshape(-1, 1).to(scores.dtype).expand(scores.shape[0], 1)
+        return torch.full((scores.shape[0], 1), value, dtype=scores.dtype, device=scores.device)
+
+    if scores.numel() == 0:
+        return scores * 0
+    return _SoftTopk.apply(scores, column(k), column(eps), mask)
