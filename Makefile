@@ -34,7 +34,8 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p coordroute
+	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/coordroute
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p coordroute
 
 benchmark: $(STAMP)
 	$(BIN)/coordroute benchmark --peers --json $(REPORT)/benchmark.json

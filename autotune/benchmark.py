@@ -125,9 +125,7 @@ def _published(rows: int, n: int, device: torch.device) -> Call:
 
     p = PUBLISHED
     k = torch.full((rows,), k_of(n), device=device)
-    return lambda s: coordinate_descent_torch(
-        s, k, n_iters=p.n_iters, eps=p.eps, eps_init=p.eps_init, eps_decay=p.eps_decay
-    )
+    return lambda s: coordinate_descent_torch(s, k, n_iters=p.n_iters, eps=p.eps, eps_init=p.eps_init, eps_decay=p.eps_decay)
 
 
 def _compiled(rows: int, n: int, device: torch.device) -> Call:
@@ -383,9 +381,7 @@ def _forward(call: Call, scores: list[torch.Tensor]) -> Callable[[int], Any]:
     return forward
 
 
-def _backward(
-    outputs: list[torch.Tensor], scores: list[torch.Tensor], grads: list[torch.Tensor]
-) -> Callable[[int], Any]:
+def _backward(outputs: list[torch.Tensor], scores: list[torch.Tensor], grads: list[torch.Tensor]) -> Callable[[int], Any]:
     def backward(i: int) -> Any:
         return torch.autograd.grad(outputs[i], scores[i], grads[i], retain_graph=True)
 

@@ -61,9 +61,7 @@ def as_device(device: torch.device | str | None) -> torch.device:
     index = torch.cuda.current_device() if parsed.index is None else parsed.index
     count = torch.cuda.device_count()
     if index >= count:
-        raise ValueError(
-            f"device is {device!r}, but this machine has {count} GPU(s); allowed is cuda:0 to cuda:{count - 1}"
-        )
+        raise ValueError(f"device is {device!r}, but this machine has {count} GPU(s); allowed is cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)
 
 
@@ -92,9 +90,7 @@ def _cpu_name() -> str:
         pass
     if sys.platform == "darwin":
         try:
-            done = subprocess.run(
-                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5
-            )
+            done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5)
             if done.returncode == 0 and done.stdout.strip():
                 return done.stdout.strip()
         except (OSError, subprocess.SubprocessError):

@@ -78,7 +78,7 @@ def _soft_topk(kernels: Raw, forward: LaunchConfig, backward: LaunchConfig) -> C
             return lam
 
         @staticmethod
-        def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, grad: Any) -> Any:
             scores, threshold, mask = ctx.saved_tensors
             eps = _per_row(ctx.eps, scores)
             dscores, dk, deps = kernels.backward(grad.contiguous(), scores, threshold, eps, mask, backward)
@@ -93,9 +93,7 @@ def _soft_topk(kernels: Raw, forward: LaunchConfig, backward: LaunchConfig) -> C
 def _descent(kernels: Raw, forward: LaunchConfig, backward: LaunchConfig) -> Callable[..., torch.Tensor]:
     class CoordinateDescent(torch.autograd.Function):
         @staticmethod
-        def forward(
-            ctx: Any, scores: Any, k: Any, mask: Any, n_iters: int, eps: float, first: float, decay: float
-        ) -> Any:
+        def forward(ctx: Any, scores: Any, k: Any, mask: Any, n_iters: int, eps: float, first: float, decay: float) -> Any:
             schedule = (n_iters, eps, first, decay, isinstance(k, torch.Tensor))
             n_iters, eps, first, decay, clamp = schedule
             segments = kernel_config.scale_segments(forward, n_iters)
@@ -106,7 +104,7 @@ def _descent(kernels: Raw, forward: LaunchConfig, backward: LaunchConfig) -> Cal
             return lam
 
         @staticmethod
-        def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, grad: Any) -> Any:
             scores, states, mask = ctx.saved_tensors
             rows_k = _per_row(ctx.k, scores)
             dscores, dk = kernels.backward(grad.contiguous(), scores, states, rows_k, mask, *ctx.schedule, backward)
@@ -323,9 +321,7 @@ def prove(device: torch.device, key: Key, config: LaunchConfig, partner: LaunchC
     """
     begin = time.perf_counter()
     backend = "triton" if device.type == "cuda" else "cpu"
-    is_default = config == replace(
-        kernel_config.heuristic(key, backend), checkpoint_segments=config.checkpoint_segments
-    )
+    is_default = config == replace(kernel_config.heuristic(key, backend), checkpoint_segments=config.checkpoint_segments)
     dtype = getattr(torch, key.dtype)
     binary = NO_BINARY
 

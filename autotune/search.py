@@ -287,9 +287,7 @@ class _Search:
                 self.say(f"verified {_label(task.key)}", 1)
             return Outcome(**known)
         if self.pool is not None:
-            outcome = next(
-                (found for _, found in self.pool.prove_all([task])), Outcome("crashes", "no worker answered")
-            )
+            outcome = next((found for _, found in self.pool.prove_all([task])), Outcome("crashes", "no worker answered"))
         else:
             outcome = prove(self.device, task.key, task.config, task.partner, task.seed)
         self.state.outcomes[identifier] = asdict(outcome)
@@ -399,8 +397,7 @@ class _Tuner:
         self.device, self.plan = search.device, search.plan
         self.kernels = raw(group.op, search.backend)
         self.defaults = {
-            direction: kernel_config.heuristic(group.key(direction), search.backend)
-            for direction in kernel_config.DIRECTIONS
+            direction: kernel_config.heuristic(group.key(direction), search.backend) for direction in kernel_config.DIRECTIONS
         }
         self.candidates: dict[str, list[_Candidate]] = {}
 
@@ -493,9 +490,7 @@ class _Tuner:
 
     def race(self, direction: str, configs: list[LaunchConfig], final: bool) -> list[timing.Timed | Exception]:
         plan = self.plan
-        samples, seconds = (
-            (plan.final_samples, plan.final_seconds) if final else (plan.screen_samples, plan.screen_seconds)
-        )
+        samples, seconds = (plan.final_samples, plan.final_seconds) if final else (plan.screen_samples, plan.screen_seconds)
         seconds = max(0.05, min(seconds, self.deadline - time.monotonic()))
         with _no_grad(self.device):
             works = self.works(direction, configs)

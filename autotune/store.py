@@ -493,9 +493,7 @@ def _load(device: torch.device) -> _Table:
         if path.name == name:
             continue
         verdict, found = _try(SAME_ARCHITECTURE, path, None)
-        if found is None or devices.architecture(found.device["capability"]) != devices.architecture(
-            identity.capability
-        ):
+        if found is None or devices.architecture(found.device["capability"]) != devices.architecture(identity.capability):
             continue
         verdicts.append(verdict)
         if found.entries:
@@ -517,9 +515,7 @@ def _say(table: _Table) -> None:
         instead = "the safe heuristic serves"
     blamed = [verdict for verdict in table.verdicts if verdict.verdict in ("rejected", "partly used")]
     for verdict in blamed:
-        rest = (
-            "the rest of it" if verdict.verdict == "partly used" and table.files[0][1].path == verdict.path else instead
-        )
+        rest = "the rest of it" if verdict.verdict == "partly used" and table.files[0][1].path == verdict.path else instead
         rest = rest if rest == instead else f"{rest} serves"
         _warn(str(verdict.path), f"configuration file {verdict.path}: {verdict.reason}. Until it is mended {rest}.")
     if not own and not blamed:
@@ -635,9 +631,7 @@ def _fresh_table(device: torch.device) -> _Table:
             _said.update(said)
 
 
-def explain(
-    device: torch.device | str | None, op: str, direction: str, dtype: torch.dtype | str, rows: int, n: int
-) -> Explanation:
+def explain(device: torch.device | str | None, op: str, direction: str, dtype: torch.dtype | str, rows: int, n: int) -> Explanation:
     """Which configuration serves a call of ``op`` on ``[rows, n]`` scores of ``dtype``, and why. Reads the disk afresh.
 
     Raises:
@@ -818,9 +812,7 @@ def save(
                 os.replace(path, path.with_name(f"{path.name}.old"))
             else:
                 dropped = sum(old.rejected.values())
-                kept = {
-                    key: _dated(entry, old.versions, versions) for key, entry in old.entries.items() if key not in new
-                }
+                kept = {key: _dated(entry, old.versions, versions) for key, entry in old.entries.items() if key not in new}
         merged = kept | new
         data = {
             "schema": SCHEMA,

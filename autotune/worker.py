@@ -177,9 +177,7 @@ class Pool:
             self._idle.put(worker)
         return outcome
 
-    def prove_all(
-        self, tasks: Iterable[Task], alive: Callable[[], bool] = lambda: True
-    ) -> Iterator[tuple[Task, Outcome]]:
+    def prove_all(self, tasks: Iterable[Task], alive: Callable[[], bool] = lambda: True) -> Iterator[tuple[Task, Outcome]]:
         """Proves tasks in any order; yields each with its outcome as it ends. ``alive`` false: no more are begun.
 
         Raises:

@@ -33,7 +33,7 @@ _LENGTHS = {"resident": 8192, "tiled": 131072}
 def _variants() -> list[tuple[str, Any, str, dict[str, Any]]]:
     """(name, kernel, variant, constants) of every kernel there is."""
     iterate, backward = coordinate_descent._iterate, coordinate_descent._backward
-    found = []
+    found: list[tuple[str, Any, str, dict[str, Any]]] = []
     for variant in ("resident", "tiled"):
         resident = variant == "resident"
         forward = soft_topk._forward_resident if resident else soft_topk._forward_tiled
@@ -47,9 +47,7 @@ def _variants() -> list[tuple[str, Any, str, dict[str, Any]]]:
     return found
 
 
-def compile_variant(
-    kernel: Any, dtype: str, constants: dict[str, Any], num_warps: int, num_stages: int, target: GPUTarget
-) -> Any:
+def compile_variant(kernel: Any, dtype: str, constants: dict[str, Any], num_warps: int, num_stages: int, target: GPUTarget) -> Any:
     """Compiles one kernel with its largest feature set (masks, tensor k and eps) for ``target``."""
     compute = "*fp64" if dtype == "float64" else "*fp32"
     signature = {}
@@ -108,9 +106,7 @@ def compile_all(target: GPUTarget) -> list[dict[str, Any]]:
             n = _LENGTHS[variant]
             config = heuristic(make_key(op, "forward", getattr(torch, dtype), 1024, n), "triton")
             sizes = {"ROWS": config.rows_per_program, "BLOCK": config.block}
-            compiled = compile_variant(
-                kernel, dtype, {**sizes, **constants}, config.num_warps, config.num_stages, target
-            )
+            compiled = compile_variant(kernel, dtype, {**sizes, **constants}, config.num_warps, config.num_stages, target)
             binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
             registers, spilled = _resources(binary) if target.backend == "cuda" else (None, None)
             record.append(

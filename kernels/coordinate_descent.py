@@ -156,9 +156,7 @@ def _iterate(
     for _ in range(0, begin):
         eps_t = tl.maximum(eps_t * eps_decay, floor)
     if RECOMPUTE:
-        a = tl.load(
-            starts_ptr + rows * segments + (segment - 1), mask=live & (segment > 0), other=0.0
-        )
+        a = tl.load(starts_ptr + rows * segments + (segment - 1), mask=live & (segment > 0), other=0.0)
         a = tl.where(easy, 0.0, a)
     else:
         a = tl.zeros([ROWS], COMPUTE)
@@ -183,9 +181,7 @@ def _iterate(
                 for start in range(0, n_cols, BLOCK):
                     cols = start + lanes
                     within = live[:, None] & (cols < n_cols)[None, :]
-                    x = _load_scores(
-                        scores_ptr, mask_ptr, rows, cols, within, scores_stride, mask_stride, HAS_MASK, COMPUTE
-                    )
+                    x = _load_scores(scores_ptr, mask_ptr, rows, cols, within, scores_stride, mask_stride, HAS_MASK, COMPUTE)
                     z = (tl.minimum(x, -a[:, None]) - shift[:, None]) * scale[:, None]
                     acc += tl.exp2(z)
                 total = tl.sum(acc, axis=1)
@@ -208,22 +204,16 @@ def _iterate(
             lam = tl.exp2(tl.minimum(s + a[:, None], 0.0) * scale[:, None])
             lam = tl.where(zero, 0.0, lam)
             lam = tl.where(bad[:, None], float("nan"), lam)
-            tl.store(
-                lam_ptr + rows[:, None] * n_cols + lanes[None, :], lam.to(lam_ptr.dtype.element_ty), mask=inside
-            )
+            tl.store(lam_ptr + rows[:, None] * n_cols + lanes[None, :], lam.to(lam_ptr.dtype.element_ty), mask=inside)
         else:
             for start in range(0, n_cols, BLOCK):
                 cols = start + lanes
                 within = live[:, None] & (cols < n_cols)[None, :]
-                x = _load_scores(
-                    scores_ptr, mask_ptr, rows, cols, within, scores_stride, mask_stride, HAS_MASK, COMPUTE
-                )
+                x = _load_scores(scores_ptr, mask_ptr, rows, cols, within, scores_stride, mask_stride, HAS_MASK, COMPUTE)
                 lam = tl.exp2(tl.minimum(x + a[:, None], 0.0) * scale[:, None])
                 lam = tl.where(zero, 0.0, lam)
                 lam = tl.where(bad[:, None], float("nan"), lam)
-                tl.store(
-                    lam_ptr + rows[:, None] * n_cols + cols[None, :], lam.to(lam_ptr.dtype.element_ty), mask=within
-                )
+                tl.store(lam_ptr + rows[:, None] * n_cols + cols[None, :], lam.to(lam_ptr.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -320,9 +310,7 @@ def _backward(
             a_next = a
         ds = tl.where(dead[:, None] | (s == float("-inf")), 0.0, ds)
         ds = tl.where(bad[:, None], float("nan"), ds)
-        tl.store(
-            dscores_ptr + rows[:, None] * n_cols + lanes[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside
-        )
+        tl.store(dscores_ptr + rows[:, None] * n_cols + lanes[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside)
     else:
         steps = tl.arange(0, T_BLOCK)
         counts = tl.zeros([ROWS, T_BLOCK], tl.int32)
@@ -372,9 +360,7 @@ def _backward(
                 a_next = a
             ds = tl.where(dead[:, None] | (s == float("-inf")), 0.0, ds)
             ds = tl.where(bad[:, None], float("nan"), ds)
-            tl.store(
-                dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=within
-            )
+            tl.store(dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=within)
 
     e_first = (tl.zeros([1], tl.float64) + eps_init).to(COMPUTE)
     dlogk += mass * e_first
@@ -515,9 +501,7 @@ def coordinate_descent_backward(
     segments = states.shape[1]
     if segments < n_iters:
         starts, states = states, torch.empty((n_rows, n_iters), dtype=compute, device=scores.device)
-        _launch_iterate(
-            scores, k, mask, n_iters, eps, eps_init, eps_decay, clamp_k, segments, config, states, states, starts
-        )
+        _launch_iterate(scores, k, mask, n_iters, eps, eps_init, eps_decay, clamp_k, segments, config, states, states, starts)
     dscores = torch.empty((n_rows, n_cols), dtype=scores.dtype, device=scores.device)
     dk = torch.empty((n_rows,), dtype=compute, device=scores.device)
     resident = config.variant == "resident"

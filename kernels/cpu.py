@@ -65,6 +65,9 @@ _GUARDED_SWEEPS = 20
 """Bracketed sweeps of the rows that are left; what is left then (scores so large that eps is below their ulp) is
 sorted."""
 
+_SHORT = 128
+"""Rows up to this length are sorted at once: that takes fewer passes than bisection."""
+
 _REACH = 1.5
 """How far from its anchor, in units of eps/log2(e), a threshold may be before the exponentials are computed anew."""
 
@@ -242,9 +245,7 @@ def _fused_newton(
         mass = torch.where(saturated, 0.0, torch.exp2(d * scale)).sum(-1, keepdim=True)
         tau = hi.double() + lo.double()
         left, right = (lower - tau) * wide, (upper - tau) * wide
-        offset, done, _, _ = _update(
-            count, mass, k, budget, floor, torch.zeros_like(tau), done, left, right, False, unit
-        )
+        offset, done, _, _ = _update(count, mass, k, budget, floor, torch.zeros_like(tau), done, left, right, False, unit)
         hi, lo = _moved(hi, lo, offset / wide)
     return hi, lo, done, torch.exp2(((x - hi) - lo) * scale).clamp_max(1.0)
 
@@ -254,9 +255,7 @@ def _fused_values(x: Tensor, hi: Tensor, lo: Tensor, scale: Tensor) -> Tensor:
     return torch.exp2(((x - hi) - lo) * scale).clamp_max(1.0)
 
 
-def _fused_gradient(
-    g: Tensor, x: Tensor, hi: Tensor, lo: Tensor, scale: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_gradient(g: Tensor, x: Tensor, hi: Tensor, lo: Tensor, scale: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(ds, gbar, sum of (s - tau) ds)."""
     d = (x - hi) - lo
     inside = (d < 0) & (d > -_INF)
@@ -459,9 +458,7 @@ def _update(
     return offset, done | reached, left, right
 
 
-def _newton(
-    problem: _Problem, state: _State, space: _Workspace, guarded: bool, sweeps: int
-) -> tuple[_State, _EagerSums]:
+def _newton(problem: _Problem, state: _State, space: _Workspace, guarded: bool, sweeps: int) -> tuple[_State, _EagerSums]:
     """At most ``sweeps`` steps; ends when every row is done."""
     hi, lo, offset, done = state
     sums = _EagerSums(problem.x, problem.scale, space)
@@ -532,16 +529,10 @@ def _threshold_and_values(
         # rows that need no solving go along with harmless numbers
         budget, count = torch.where(settled, 0.5, budget), torch.where(settled, 1.0, count)
         y = torch.where(finite & ~settled, x, 0.0)
-        top = (
-            torch.where(finite & ~settled, x, -_INF).amax(-1, keepdim=True).double().clamp_min(-torch.finfo(dtype).max)
-        )
-        bottom = (
-            torch.where(finite & ~settled, x, _INF).amin(-1, keepdim=True).double().clamp_max(torch.finfo(dtype).max)
-        )
+        top = torch.where(finite & ~settled, x, -_INF).amax(-1, keepdim=True).double().clamp_min(-torch.finfo(dtype).max)
+        bottom = torch.where(finite & ~settled, x, _INF).amin(-1, keepdim=True).double().clamp_max(torch.finfo(dtype).max)
         mean = y.sum(-1, keepdim=True).double() / count
-        deviation = (
-            torch.where(finite, y - mean.to(dtype), 0.0).square_().sum(-1, keepdim=True).double().div_(count).sqrt_()
-        )
+        deviation = torch.where(finite, y - mean.to(dtype), 0.0).square_().sum(-1, keepdim=True).double().div_(count).sqrt_()
     else:
         mean, deviation = _moments(x, space("work", rows).view)
     scale = _scale(eps, dtype)
@@ -585,6 +576,10 @@ def _hard_rows(problem: _Problem, state: _State, left: Tensor, space: _Workspace
     part = _Problem(*(value[left] for value in problem))
     start = _State(*(value[left] for value in state))
     start = _State(*_moved(start.hi, start.lo, start.offset / part.scale), torch.zeros_like(start.offset), start.done)
+    if part.x.shape[-1] <= _SHORT:
+        hi, lo = _solve_by_sorting(part.x, part.k, part.eps, part.scale)
+        lam = torch.sub(part.x, hi).sub_(lo).mul_(part.scale)
+        return hi, lo, _exp2(lam, space).clamp_max_(1.0)
     end, _ = _newton(part, start, space, True, _GUARDED_SWEEPS)
     hi, lo = end.hi, (end.lo + end.offset / part.scale).to(part.x.dtype)
     if not bool(end.done.all()):
@@ -636,9 +631,7 @@ def soft_topk_forward(
         space = _Workspace(min(rows, max(1, config.rows_per_program)), n, threshold)
         for block in _blocks(rows, config):
             x = _scores(scores, mask, block, compute)
-            hi, lo = _threshold_and_values(
-                x, _column(k, block, scores), _column(eps, block, scores), config, space, lam[block]
-            )
+            hi, lo = _threshold_and_values(x, _column(k, block, scores), _column(eps, block, scores), config, space, lam[block])
             threshold[block, :1], threshold[block, 1:] = hi, lo
     return lam, threshold
 
@@ -768,9 +761,7 @@ class _Descent:
     The state is kept as the barrier -a, at which scores are clamped: [rows, 1] in the compute dtype.
     """
 
-    def __init__(
-        self, x: Tensor, k: Tensor, clamp_k: bool, schedule: list[float], config: LaunchConfig, space: _Workspace
-    ) -> None:
+    def __init__(self, x: Tensor, k: Tensor, clamp_k: bool, schedule: list[float], config: LaunchConfig, space: _Workspace) -> None:
         self.x, self.schedule = x, schedule
         self.fused = config.variant == "inductor"
         rows, n, dtype = *x.shape, x.dtype
@@ -825,20 +816,13 @@ class _Descent:
         return self._next_direct(t, shift)
 
     def _next_direct(self, t: int, shift: Tensor) -> Tensor:
-        """In three passes and an exponential: the exponents, (s - shift)/eps, are one fused multiply-add."""
-        work, scale = self.work.view, self.scales[t]
-        offset = shift * scale
-        torch.add(-offset, self.x, alpha=scale, out=work)
-        # what the rounding of the offset moves is the barrier, by no more than half an ulp
-        work.clamp_max_(0.0)
-        if self.any_large:
-            where = self.large.squeeze(-1)
-            work[where] = ((self.x[where] - shift[where]) * scale).clamp_max_(0.0)
+        """Subtracts before it scales: a fused multiply-add would save a pass, and move the barrier by half an ulp."""
+        work = self.work.view
+        torch.sub(self.x, shift, out=work)
+        work.clamp_max_(0.0).mul_(self.scales[t])
         self.work.flat.exp2_()
         result = _row_sum(work).double().log_().sub_(self.logk).mul_(self.schedule[t])
-        if self.any_large:
-            return torch.where(self.large, result + shift, result + offset / scale).to(self.x.dtype)
-        return result.add_(offset, alpha=1.0 / scale).to(self.x.dtype)
+        return result.add_(shift).to(self.x.dtype)
 
     def _next_at_floor(self, t: int, shift: Tensor) -> Tensor:
         """Without an exponential while eps stays: min(E, w) with E = exp((s - anchor)/eps), w = exp((shift -
@@ -855,15 +839,7 @@ class _Descent:
             self.kept.flat.exp2_()
             self.anchor = anchor
         torch.minimum(kept, _aligned(torch.exp2, (shift - anchor).mul_(scale)), out=self.work.view)
-        return (
-            _row_sum(self.work.view)
-            .double()
-            .log_()
-            .sub_(self.logk)
-            .mul_(self.schedule[t])
-            .add_(anchor)
-            .to(self.x.dtype)
-        )
+        return _row_sum(self.work.view).double().log_().sub_(self.logk).mul_(self.schedule[t]).add_(anchor).to(self.x.dtype)
 
     def run(self, start: int, stop: int, barrier: Tensor | None) -> Iterator[Tensor]:
         """-a_{start+1} … -a_stop."""

@@ -34,9 +34,7 @@ def check_config(op: str, config: LaunchConfig, n_cols: int) -> None:
     if config.variant not in VARIANTS:
         raise ValueError(f"{op}: variant is {config.variant!r}; a Triton launch needs one of {VARIANTS}")
     if config.variant == "resident" and config.block < n_cols:
-        raise ValueError(
-            f"{op}: block is {config.block}, but a resident row of {n_cols} scores needs a block of at least {n_cols}"
-        )
+        raise ValueError(f"{op}: block is {config.block}, but a resident row of {n_cols} scores needs a block of at least {n_cols}")
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

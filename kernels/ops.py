@@ -23,8 +23,7 @@ IMPLS = ("triton", "torch")
 
 _LIB = torch.library.Library("coordroute", "DEF")
 _LIB.define(
-    "soft_topk(Tensor scores, Tensor? k, float k_value, Tensor? eps, float eps_value, Tensor? mask, str impl)"
-    " -> (Tensor, Tensor)"
+    "soft_topk(Tensor scores, Tensor? k, float k_value, Tensor? eps, float eps_value, Tensor? mask, str impl) -> (Tensor, Tensor)"
 )
 _LIB.define(
     "soft_topk_backward(Tensor grad, Tensor scores, Tensor threshold, Tensor? eps, float eps_value, Tensor? mask, str impl)"
@@ -256,9 +255,7 @@ def _soft_topk_autograd(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | N
     if grad is None:
         return (None,) * 7
     scores, threshold, eps, mask = ctx.saved_tensors
-    dscores, dk, deps = torch.ops.coordroute.soft_topk_backward(
-        grad, scores, threshold, eps, ctx.eps_value, mask, ctx.impl
-    )
+    dscores, dk, deps = torch.ops.coordroute.soft_topk_backward(grad, scores, threshold, eps, ctx.eps_value, mask, ctx.impl)
     return dscores, dk if ctx.k_is_tensor else None, None, deps if eps is not None else None, None, None, None
 
 
@@ -286,9 +283,7 @@ def _no_second_order(name: str) -> Any:
     return raise_error
 
 
-def _register(
-    name: str, kernel: Any, fake: Any, backward: Any, setup_context: Any = lambda ctx, inputs, output: None
-) -> None:
+def _register(name: str, kernel: Any, fake: Any, backward: Any, setup_context: Any = lambda ctx, inputs, output: None) -> None:
     _LIB.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"coordroute::{name}", fake, lib=_LIB)
     torch.library.register_autograd(f"coordroute::{name}", backward, setup_context=setup_context, lib=_LIB)

@@ -45,9 +45,7 @@ def _row_value(ptr, value, rows, live, stride, IS_TENSOR: tl.constexpr, COMPUTE:
 
 
 @triton.jit
-def _load_scores(
-    scores_ptr, mask_ptr, rows, cols, inside, stride, mask_stride, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr
-):
+def _load_scores(scores_ptr, mask_ptr, rows, cols, inside, stride, mask_stride, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr):
     """Scores [R, BLOCK] in the compute type; -inf wherever an entry is masked or outside."""
     s = tl.load(scores_ptr + rows[:, None] * stride + cols[None, :], mask=inside, other=float("-inf")).to(COMPUTE)
     if HAS_MASK:
@@ -189,9 +187,7 @@ def _forward_resident(
     below = tl.where(finite, s - largest[:, None], 0.0)
     sum1 = tl.sum(below, axis=1)
     sum2 = tl.sum(below * below, axis=1)
-    budget, safe_eps, low, high, hi, bad, full, empty = _begin(
-        k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2
-    )
+    budget, safe_eps, low, high, hi, bad, full, empty = _begin(k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2)
     lo = tl.zeros_like(hi)
     scale = 1.4426950408889634 / safe_eps
     done = bad | full | empty | ~live
@@ -212,9 +208,7 @@ def _forward_resident(
 
     hi, lo = _finish(hi, lo, bad, full, empty)
     lam = _lam(s, hi, lo, scale, k)
-    tl.store(
-        lam_ptr + rows[:, None] * n_cols + cols[None, :], lam.to(lam_ptr.dtype.element_ty), mask=inside
-    )
+    tl.store(lam_ptr + rows[:, None] * n_cols + cols[None, :], lam.to(lam_ptr.dtype.element_ty), mask=inside)
     tl.store(threshold_ptr + rows * 2, hi, mask=live)
     tl.store(threshold_ptr + rows * 2 + 1, lo, mask=live)
 
@@ -282,9 +276,7 @@ def _forward_tiled(
         square_acc += below * below
     sum1 = tl.sum(sum_acc, axis=1)
     sum2 = tl.sum(square_acc, axis=1)
-    budget, safe_eps, low, high, hi, bad, full, empty = _begin(
-        k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2
-    )
+    budget, safe_eps, low, high, hi, bad, full, empty = _begin(k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2)
     lo = tl.zeros_like(hi)
     scale = 1.4426950408889634 / safe_eps
     done = bad | full | empty | ~live
@@ -316,9 +308,7 @@ def _forward_tiled(
         inside = live[:, None] & (cols < n_cols)[None, :]
         s = _load_scores(scores_ptr, mask_ptr, rows, cols, inside, scores_stride, mask_stride, HAS_MASK, COMPUTE)
         lam = _lam(s, hi, lo, scale, k)
-        tl.store(
-            lam_ptr + rows[:, None] * n_cols + cols[None, :], lam.to(lam_ptr.dtype.element_ty), mask=inside
-        )
+        tl.store(lam_ptr + rows[:, None] * n_cols + cols[None, :], lam.to(lam_ptr.dtype.element_ty), mask=inside)
     tl.store(threshold_ptr + rows * 2, hi, mask=live)
     tl.store(threshold_ptr + rows * 2 + 1, lo, mask=live)
 
@@ -393,9 +383,7 @@ def _backward_resident(
     gbar = tl.where(nan_row, float("nan"), gbar)
     ds = tl.where(lam > 0, lam * (g - gbar[:, None]) / eps[:, None], 0.0)
     ds = tl.where(nan_row[:, None], float("nan"), ds)
-    tl.store(
-        dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside
-    )
+    tl.store(dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside)
     tl.store(dk_ptr + rows, gbar, mask=live)
     if EPS_IS_TENSOR:
         tl.store(deps_ptr + rows, -tl.sum(d * ds, axis=1) / eps, mask=live)
@@ -459,9 +447,7 @@ def _backward_tiled(
         ds = tl.where(nan_row[:, None], float("nan"), ds)
         if EPS_IS_TENSOR:
             eps_acc += d * ds
-        tl.store(
-            dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside
-        )
+        tl.store(dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside)
     tl.store(dk_ptr + rows, gbar, mask=live)
     if EPS_IS_TENSOR:
         tl.store(deps_ptr + rows, -tl.sum(eps_acc, axis=1) / eps, mask=live)

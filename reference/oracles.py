@@ -244,9 +244,7 @@ def coordinate_descent_truth(
     return _descend(rows_of(s, k, eps, mask), n_iters, eps, eps_init, eps_decay, g)[0]
 
 
-def _descend(
-    rows: Rows, n_iters: int, eps: float, eps_init: float | None, eps_decay: float, g: Any | None
-) -> tuple[Truth, Array]:
+def _descend(rows: Rows, n_iters: int, eps: float, eps_init: float | None, eps_decay: float, g: Any | None) -> tuple[Truth, Array]:
     schedule = eps_schedule(n_iters, eps, eps_init, eps_decay)
     saturated = rows.s == np.inf
     dead = ~rows.valid.any(axis=1) | (rows.k <= 0)
@@ -257,15 +255,14 @@ def _descend(
     log_k = np.log(np.maximum(np.where(easy, 1.0, rows.k), K_FLOOR))
     b = -s
     a = np.zeros(s.shape[0])
-    trace, softmaxes, clamped = [], [], []
+    trace: list[Array] = []
+    softmaxes: list[Array] = []
+    clamped: list[NDArray[np.bool_]] = []
     error = np.zeros(s.shape[0])  # of a_t, in units of the roundoff
     kink = np.full(s.shape[0], np.inf)
     for t in range(n_iters):
         e = schedule[t]
-        if t == 0:
-            x = np.zeros_like(s)
-        else:
-            x = np.where(saturated, -a[:, None], s + b)
+        x = np.zeros_like(s) if t == 0 else np.where(saturated, -a[:, None], s + b)
         x = np.where(valid, x / e, -np.inf)
         top = np.where(easy, 0.0, x.max(axis=1, initial=-np.inf))
         p = np.where(valid, np.exp(x - top[:, None]), 0.0)
@@ -391,7 +388,7 @@ class _SoftTopk(torch.autograd.Function):
         return lam
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         d, weight, eps = ctx.saved_tensors
         grad = torch.where(weight > 0, grad, 0.0)
         mass = weight.sum(dim=-1, keepdim=True)

@@ -15,7 +15,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -26,7 +31,12 @@ def test_every_variant_compiles(target: str) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     names = {row["kernel"] for row in record}
-    assert names == {"soft_topk_forward", "soft_topk_backward", "coordinate_descent_iterate", "coordinate_descent_backward"}
+    assert names == {
+        "soft_topk_forward",
+        "soft_topk_backward",
+        "coordinate_descent_iterate",
+        "coordinate_descent_backward",
+    }
     assert {row["variant"] for row in record} >= {"resident", "tiled"}
     assert {row["dtype"] for row in record} == {"float16", "bfloat16", "float32", "float64"}
     for row in record:

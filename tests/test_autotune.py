@@ -86,9 +86,7 @@ def test_the_operator_of_a_configuration_is_differentiable(op):
         eps = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda s, k, eps: function(s, k, eps=eps), (scores, k, eps))
     else:
-        assert torch.autograd.gradcheck(
-            lambda s, k: function(s, k, n_iters=6, eps=0.3, eps_init=1.0, eps_decay=0.7), (scores, k)
-        )
+        assert torch.autograd.gradcheck(lambda s, k: function(s, k, n_iters=6, eps=0.3, eps_init=1.0, eps_decay=0.7), (scores, k))
 
 
 @pytest.mark.parametrize("op", kernel_config.OPS)
@@ -217,9 +215,7 @@ def test_a_wrong_candidate_is_dropped_and_counted(quick, monkeypatch):
         return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, rows, n, forward, backward, None)
 
     original = space.candidates
-    monkeypatch.setattr(
-        space, "candidates", lambda key, *a: [*original(key, *a)[:1], replace(original(key, *a)[0], num_threads=1)]
-    )
+    monkeypatch.setattr(space, "candidates", lambda key, *a: [*original(key, *a)[:1], replace(original(key, *a)[0], num_threads=1)])
     monkeypatch.setattr(proof, "check", check)
     result = search.run("cpu", groups=SMALL[:1])
     assert result["dropped"] == {"wrong": 1}

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-
 from coordroute.kernels import cpu
 from coordroute.kernels.config import LaunchConfig
 
@@ -199,9 +198,7 @@ def test_edges_of_soft_topk(dtype, rows):
     assert bool(lam[1].isnan().all() and ds[1].isnan().all() and dk[1].isnan() and deps[1].isnan())
     good = [0, 2, 4, 5, 7]
     for row in (0, 2, 3, 4, 5, 6, 7):
-        assert bool(
-            lam[row].isfinite().all() and ds[row].isfinite().all() and dk[row].isfinite() and deps[row].isfinite()
-        ), row
+        assert bool(lam[row].isfinite().all() and ds[row].isfinite().all() and dk[row].isfinite() and deps[row].isfinite()), row
         assert bool((lam[row][~mask[row]] == 0).all() and (ds[row][~mask[row]] == 0).all())
     torch.testing.assert_close(lam[good].sum(-1), torch.full((5,), 2.5, dtype=dtype))
     assert lam[4, 0] == 1 and ds[4, 0] == 0 and lam[5, 0] == 0 and lam[5, 1] == 1
@@ -362,9 +359,7 @@ def test_strides_masks_and_expanded_arguments():
     k, eps = torch.tensor([4.5]).expand(6), torch.tensor([0.1]).expand(6)
     grad = torch.ones(()).expand(6, 37)
     lam, threshold = cpu.soft_topk_forward(s, k, eps, mask, EAGER)
-    plain, plain_threshold = cpu.soft_topk_forward(
-        s.contiguous(), k.contiguous(), eps.contiguous(), mask.contiguous(), EAGER
-    )
+    plain, plain_threshold = cpu.soft_topk_forward(s.contiguous(), k.contiguous(), eps.contiguous(), mask.contiguous(), EAGER)
     assert torch.equal(lam, plain) and torch.equal(threshold, plain_threshold) and lam.is_contiguous()
     ds, _, _ = cpu.soft_topk_backward(grad, s, threshold, eps, mask, EAGER)
     assert float(ds.abs().max()) <= 1e-5  # a constant gradient is within the constraint

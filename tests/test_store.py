@@ -149,10 +149,7 @@ def test_another_architecture_lends_nothing(places):
 def test_the_most_similar_device_lends_first():
     h200 = devices.Identity("NVIDIA H200", 132, "9.0")
     cards = [("NVIDIA GH200", 132, "9.0"), ("NVIDIA H100 PCIe", 114, "9.0"), ("X", 132, "9.1")]
-    files = [
-        store.ConfigFile(Path(name), DEVICE | {"name": name, "sm_count": sms, "capability": c}, {})
-        for name, sms, c in cards
-    ]
+    files = [store.ConfigFile(Path(name), DEVICE | {"name": name, "sm_count": sms, "capability": c}, {}) for name, sms, c in cards]
     assert [f.device["name"] for f in sorted(files, key=store._similarity(h200))] == [name for name, _, _ in cards]
 
 
@@ -300,9 +297,7 @@ def test_tuned_off_reads_nothing(places, monkeypatch):
     assert explanation.source == "heuristic" and "COORDROUTE_TUNED=0" in explanation.why
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"), [("op", "sort"), ("direction", "up"), ("dtype", "int8"), ("n", 0), ("rows", -1)]
-)
+@pytest.mark.parametrize(("argument", "value"), [("op", "sort"), ("direction", "up"), ("dtype", "int8"), ("n", 0), ("rows", -1)])
 def test_explain_names_a_bad_argument(places, argument, value):
     with pytest.raises(ValueError, match=argument if argument in ("op", "direction", "dtype") else "shape"):
         store.explain("cpu", **(KEY._asdict() | {argument: value}))

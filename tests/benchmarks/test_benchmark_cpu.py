@@ -77,7 +77,5 @@ def test_import_of_the_store(benchmark):
     import sys
 
     code = "import time, torch; t = time.perf_counter(); import coordroute; print(time.perf_counter() - t)"
-    found = benchmark.pedantic(
-        lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, check=True), rounds=3
-    )
+    found = benchmark.pedantic(lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, check=True), rounds=3)
     assert float(found.stdout) > 0

@@ -1,0 +1,205 @@
+"""The named families of input that every kernel is judged on.
+
+A family draws one row: scores, which entries are valid, and a budget. Rows of one length are stacked into a batch, so that one
+launch checks many of them. Lengths (odd, powers of two and their neighbours) and memory layouts belong to the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .oracles import Array
+
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One drawn row: scores [n] in float64, valid [n] (True = counts), and the budget k."""
+
+    scores: Array
+    valid: BoolArray
+    k: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """A named family of rows.
+
+    Attributes:
+        name: as it appears in tables.
+        sentence: what it is, for a person.
+        draw: (generator, n) -> Row.
+        regular: False where the family holds NaN or infinite entries, or rows in which nothing is valid.
+    """
+
+    name: str
+    sentence: str
+    draw: Callable[[np.random.Generator, int], Row]
+    regular: bool = True
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def _family(name: str, sentence: str, regular: bool = True) -> Callable[[Any], Any]:
+    def register(draw: Callable[[np.random.Generator, int], Row]) -> Callable[[np.random.Generator, int], Row]:
+        FAMILIES[name] = Family(name, sentence, draw, regular)
+        return draw
+
+    return register
+
+
+def _all(n: int) -> BoolArray:
+    return np.ones(n, bool)
+
+
+def _some_k(rng: np.random.Generator, n: int) -> float:
+    """A budget between a sixteenth and a half of n, rarely a whole number."""
+    return float(max(0.5, n * rng.uniform(1 / 16, 1 / 2)))
+
+
+@_family("normal", "standard normal scores, k of any size")
+def _normal(rng: np.random.Generator, n: int) -> Row:
+    return Row(rng.standard_normal(n), _all(n), _some_k(rng, n))
+
+
+@_family("uniform", "uniform scores in [-1, 1]")
+def _uniform(rng: np.random.Generator, n: int) -> Row:
+    return Row(rng.uniform(-1, 1, n), _all(n), _some_k(rng, n))
+
+
+@_family("cauchy", "Cauchy scores: a few are enormous")
+def _cauchy(rng: np.random.Generator, n: int) -> Row:
+    return Row(np.asarray(np.clip(rng.standard_cauchy(n), -3e4, 3e4), np.float64), _all(n), _some_k(rng, n))
+
+
+@_family("ties", "scores from four values only")
+def _ties(rng: np.random.Generator, n: int) -> Row:
+    return Row(rng.integers(0, 4, n) * 0.5, _all(n), _some_k(rng, n))
+
+
+@_family("constant", "one value throughout")
+def _constant(rng: np.random.Generator, n: int) -> Row:
+    return Row(np.full(n, rng.uniform(-2, 2)), _all(n), _some_k(rng, n))
+
+
+@_family("bimodal gap", "two narrow heaps far apart, and a budget near the size of the upper one")
+def _bimodal(rng: np.random.Generator, n: int) -> Row:
+    upper = max(1, n // 4)
+    scores = np.where(rng.permutation(n) < upper, 5.0, -5.0) + 0.05 * rng.standard_normal(n)
+    return Row(scores, _all(n), float(max(0.5, min(n, upper + rng.uniform(-2, 2)))))
+
+
+@_family("k = 1", "a budget of one: a softmax")
+def _one(rng: np.random.Generator, n: int) -> Row:
+    return Row(rng.standard_normal(n), _all(n), 1.0)
+
+
+@_family("k = n - 1", "all but one entry")
+def _all_but_one(rng: np.random.Generator, n: int) -> Row:
+    return Row(rng.standard_normal(n), _all(n), float(max(n - 1, 0)))
+
+
+@_family("k >= n", "a budget of as many entries as there are, or more")
+def _more_than_all(rng: np.random.Generator, n: int) -> Row:
+    return Row(rng.standard_normal(n), _all(n), float(n + rng.integers(0, 3)))
+
+
+@_family("k = 0", "no budget")
+def _none(rng: np.random.Generator, n: int) -> Row:
+    return Row(rng.standard_normal(n), _all(n), 0.0)
+
+
+@_family("fractional k", "budgets below one and a little beside whole numbers")
+def _fractional(rng: np.random.Generator, n: int) -> Row:
+    k = rng.choice([0.01, 0.37, 0.999, 1.001, n / 2 + 0.5, n - 0.25])
+    return Row(rng.standard_normal(n), _all(n), float(min(max(k, 0.01), n)))
+
+
+@_family("huge scale", "normal scores times ten thousand")
+def _huge(rng: np.random.Generator, n: int) -> Row:
+    return Row(np.clip(1e4 * rng.standard_normal(n), -6e4, 6e4), _all(n), _some_k(rng, n))
+
+
+@_family("tiny scale", "normal scores times 1e-4")
+def _tiny(rng: np.random.Generator, n: int) -> Row:
+    return Row(1e-4 * rng.standard_normal(n), _all(n), _some_k(rng, n))
+
+
+@_family("offset", "normal scores far from zero")
+def _offset(rng: np.random.Generator, n: int) -> Row:
+    return Row(rng.standard_normal(n) + rng.choice([-1000.0, 1000.0]), _all(n), _some_k(rng, n))
+
+
+@_family("ragged mask", "a padded sequence: a valid head of any length, NaN in the padding")
+def _ragged(rng: np.random.Generator, n: int) -> Row:
+    length = int(rng.integers(1, n + 1)) if n else 0
+    scores = rng.standard_normal(n)
+    valid = np.arange(n) < length
+    scores[~valid] = rng.choice([np.nan, np.inf, 1e4])
+    return Row(scores, valid, _some_k(rng, max(length, 1)))
+
+
+@_family("holes", "a mask with holes")
+def _holes(rng: np.random.Generator, n: int) -> Row:
+    valid = rng.random(n) < 0.6
+    return Row(rng.standard_normal(n), valid, _some_k(rng, n))
+
+
+@_family("all masked", "nothing is valid", regular=False)
+def _all_masked(rng: np.random.Generator, n: int) -> Row:
+    return Row(rng.standard_normal(n), np.zeros(n, bool), _some_k(rng, n))
+
+
+@_family("NaN", "one valid entry is NaN", regular=False)
+def _nan(rng: np.random.Generator, n: int) -> Row:
+    scores = rng.standard_normal(n)
+    if n:
+        scores[rng.integers(n)] = np.nan
+    return Row(scores, _all(n), _some_k(rng, n))
+
+
+@_family("infinite", "some scores are +inf, some -inf", regular=False)
+def _infinite(rng: np.random.Generator, n: int) -> Row:
+    scores = rng.standard_normal(n)
+    scores[rng.random(n) < 0.1] = -np.inf
+    scores[rng.random(n) < 0.05] = np.inf
+    return Row(scores, _all(n), _some_k(rng, n))
+
+
+LAYOUTS = ("contiguous", "transposed", "strided", "padded rows")
+"""Memory layouts of a batch: the same values, other strides."""
+
+
+def laid_out(values: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same [R, n] values in another memory layout; what lies between is NaN (or True), so that a stray read shows."""
+    if layout == "contiguous":
+        return values.contiguous()
+    if layout == "transposed":
+        return values.t().contiguous().t()
+    rows, n = values.shape
+    filler = torch.nan if values.is_floating_point() else True
+    if layout == "strided":
+        out = torch.full((rows, max(2 * n, 1)), filler, dtype=values.dtype, device=values.device)[:, ::2][:, :n]
+    elif layout == "padded rows":
+        out = torch.full((rows, n + 3), filler, dtype=values.dtype, device=values.device)[:, :n]
+    else:
+        raise ValueError(f"layout is {layout!r}; allowed are {', '.join(LAYOUTS)}")
+    out.copy_(values)
+    return out
+
+
+def lengths(most: int) -> list[int]:
+    """Lengths worth trying up to ``most``: the small ones, and powers of two with their odd neighbours."""
+    found = {1, 2, 3, 5, 7, 10, 100, 1000}
+    power = 8
+    while power <= most:
+        found |= {power - 1, power, power + 1}
+        power *= 2
+    return sorted(n for n in found if n <= most)
