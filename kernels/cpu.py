@@ -560,7 +560,8 @@ def _threshold_and_values(
     hi, lo = state.hi, (state.lo + state.offset / scale).to(dtype)
     if not bool(state.done.all()):
         left = (~state.done).squeeze(-1).nonzero().squeeze(-1)
-        hi[left], lo[left], out[left] = _hard_rows(problem, state, left, space)
+        hi[left], lo[left], lam = _hard_rows(problem, state, left, space)
+        out[left] = lam.to(out.dtype)
     if settled is not None and spoiled is not None and nothing is not None and bool(settled.any()):
         where = settled.squeeze(-1).nonzero().squeeze(-1)
         y, bad, none, budget = x[where], spoiled[where], nothing[where], k[where]
@@ -781,6 +782,7 @@ class _Descent:
             self.count = (x > -_INF).sum(-1, keepdim=True).double()
             lowest = torch.where(x > -_INF, x, _INF).amin(-1, keepdim=True)
         self.spoiled = self.top.isnan() | k.isnan()
+        self.beyond = (k > self.count) if clamp_k else torch.zeros_like(self.spoiled)
         if clamp_k:
             k = torch.minimum(k.clamp_min(0.0), self.count)
         self.k = k
@@ -977,7 +979,7 @@ def coordinate_descent_backward(
             if descent.any_special:
                 saved = torch.where(descent.special, 0.0, saved)
             ds, dlogk = _descend_backward(descent, grad[block].to(compute), saved, n_iters)
-            dk[block] = torch.where(descent.k >= 1e-20, dlogk / descent.clamped, 0.0).squeeze(-1).to(compute)
+            dk[block] = torch.where((descent.k >= 1e-20) & ~descent.beyond, dlogk / descent.clamped, 0.0).squeeze(-1).to(compute)
             dscores[block] = ds
             if descent.any_special:
                 for which, value in ((descent.empty, 0.0), (descent.spoiled, math.nan)):

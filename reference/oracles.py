@@ -79,7 +79,8 @@ class Truth:
             grad_eps).
         error_lam: [R], the error of ‖lam‖ to expect of arithmetic with unit roundoff 1: multiply by the roundoff of a type.
         error_scores, error_k, error_eps: [R], likewise for the gradients.
-        kink: [R], the distance of the nearest score to a kink, in units of the rounding of the thresholds (as for error_*).
+        slack_scores, slack_k, slack_eps: [R], what the gradients may change by, absolutely, where scores lie so near a
+            threshold that rounding decides whether they are saturated (a kink: the gradient jumps there). 0 without one.
     """
 
     lam: Array
@@ -91,7 +92,9 @@ class Truth:
     error_scores: Array
     error_k: Array
     error_eps: Array
-    kink: Array
+    slack_scores: Array
+    slack_k: Array
+    slack_eps: Array
 
 
 def _norm(x: Array) -> Array:
@@ -120,6 +123,15 @@ def soft_topk_numpy(s: Any, k: Any, eps: Any, mask: Any | None = None) -> tuple[
         lam [R, n] and tau [R].
     """
     rows = rows_of(s, k, eps, mask)
+    anchor, offset = _solve(rows)
+    return _lam(rows, anchor, offset), anchor + offset
+
+
+def _solve(rows: Rows) -> tuple[Array, Array]:
+    """tau [R] as an unevaluated sum: the largest score that is not saturated, and what tau differs from it by.
+
+    A score of 10^4 and an eps of 0.03 leave their difference too few digits in one float64 to judge a float64 kernel by.
+    """
     finite = np.isfinite(rows.s)
     n_inf = np.sum(rows.s == np.inf, axis=1)
     n_finite = finite.sum(axis=1)
@@ -130,7 +142,7 @@ def soft_topk_numpy(s: Any, k: Any, eps: Any, mask: Any | None = None) -> tuple[
     easy = full | empty | rows.nan
     budget = np.where(easy, 1.0, budget)
     eps_rows = np.where(rows.nan, 1.0, rows.eps)
-    tau = np.where(full, -np.inf, np.inf)
+    anchor, offset = np.where(full, -np.inf, np.inf), np.zeros(count)
     if n:
         ordered = -np.sort(-np.where(finite, rows.s, -np.inf), axis=1)  # falling, what does not count last
         scaled = ordered / eps_rows[:, None]
@@ -144,62 +156,78 @@ def soft_topk_numpy(s: Any, k: Any, eps: Any, mask: Any | None = None) -> tuple[
         # where k - m <= 1 no other entry can exceed 1, whatever rounding says of a tie
         consistent |= (left > 0) & (left <= 1) & (m < n_finite[:, None])
         first = np.argmax(consistent, axis=1)
-        tau = np.where(easy, tau, candidates[np.arange(count), first])
-    tau = np.where(rows.nan, np.nan, tau)
-    lam = _lam(rows, tau)
-    return lam, tau
+        # the running sum above is right to n roundings; this one, pairwise, to a few
+        top = ordered[np.arange(count), first]
+        with np.errstate(invalid="ignore", over="ignore"):
+            z = (ordered - top[:, None]) / eps_rows[:, None]
+            total = np.where(m >= first[:, None], np.exp(np.minimum(z, 0.0)), 0.0).sum(axis=1)
+            gap = eps_rows * np.log(total / (budget - first))
+        anchor, offset = np.where(easy, anchor, top), np.where(easy, 0.0, gap)
+    return np.where(rows.nan, np.nan, anchor), offset
 
 
-def _lam(rows: Rows, tau: Array) -> Array:
+def _distance(rows: Rows, anchor: Array, offset: Array) -> Array:
+    """s - tau, [R, n]."""
     with np.errstate(invalid="ignore", over="ignore"):
-        z = (rows.s - tau[:, None]) / rows.eps[:, None]
-        lam = np.exp(np.minimum(z, 0.0))
+        return (rows.s - anchor[:, None]) - offset[:, None]
+
+
+def _lam(rows: Rows, anchor: Array, offset: Array) -> Array:
+    tau = anchor
+    with np.errstate(invalid="ignore", over="ignore"):
+        lam = np.exp(np.minimum(_distance(rows, anchor, offset) / rows.eps[:, None], 0.0))
     lam = np.where(rows.s == np.inf, 1.0, lam)
     lam = np.where(rows.valid & (rows.k > 0)[:, None], lam, 0.0)
     lam = np.where(np.isneginf(tau)[:, None] & rows.valid, 1.0, lam)
     return np.where(rows.nan[:, None], np.nan, lam)
 
 
-def soft_topk_truth(s: Any, k: Any, eps: Any, mask: Any | None = None, g: Any | None = None) -> Truth:
+def soft_topk_truth(s: Any, k: Any, eps: Any, mask: Any | None = None, g: Any | None = None, unit: float = 2.0**-24) -> Truth:
     """The exact optimum and, for a gradient ``g`` [R, n] of lam, its gradients by implicit differentiation, in float64.
 
     With U the unsaturated valid entries: gbar = sum_U lam g / sum_U lam, ds = lam (g - gbar)/eps on U, dk = gbar,
-    deps = -sum (s - tau) ds / eps; all 0 where U carries nothing.
+    deps = -sum (s - tau) ds / eps; all 0 where U carries nothing. ``unit`` is the roundoff of the arithmetic that is judged.
     """
     rows = rows_of(s, k, eps, mask)
-    lam, tau = soft_topk_numpy(s, k, eps, mask)
+    anchor, offset = _solve(rows)
+    lam = _lam(rows, anchor, offset)
     eps_rows = np.where(rows.nan, 1.0, rows.eps)
-    inner = np.isfinite(tau)
-    with np.errstate(invalid="ignore", over="ignore"):
-        d = np.where(np.isfinite(rows.s) & inner[:, None], rows.s - tau[:, None], 0.0)
+    inner = np.isfinite(anchor)
+    d = np.where(np.isfinite(rows.s) & inner[:, None], _distance(rows, anchor, offset), 0.0)
     z = d / eps_rows[:, None]
     free = (d < 0) & (lam > 0)
     # exp rounds, its argument rounds (|z| ulps), the sum that fixes tau rounds (a tree: a few ulps)
     error_lam = _norm(np.where(free, np.nan_to_num(lam) * (8.0 + np.abs(z)), 0.0)) + 1.0
     zero = np.zeros(lam.shape[0])
-    grad_s = grad_k = grad_eps = None
-    error_s, error_k, error_eps = zero, zero, zero
-    if g is not None:
-        g = np.where(free, np.atleast_2d(np.asarray(g, dtype=np.float64)), 0.0)
-        weight = np.where(free, lam, 0.0)
-        mass = weight.sum(axis=1)
-        safe = np.where(mass > 0, mass, 1.0)
-        gbar = np.where(mass > 0, (weight * g).sum(axis=1) / safe, 0.0)
-        grad_s = weight * (g - gbar[:, None]) / eps_rows[:, None]
-        grad_k = gbar
-        grad_eps = -(d * grad_s).sum(axis=1) / eps_rows
-        # gbar's own error: every lam is off by up to (8 + |z|) ulps, and so are the products with g
-        spread = np.abs(g) + np.abs(gbar)[:, None]
-        error_k = (weight * (8.0 + np.abs(z)) * spread).sum(axis=1) / safe
-        entry = weight * ((8.0 + np.abs(z)) * spread + error_k[:, None]) / eps_rows[:, None]
-        error_s = _norm(entry)
-        error_eps = (np.abs(d) * entry).sum(axis=1) / eps_rows
-        row_nan = np.where(rows.nan, np.nan, 0.0)
-        grad_s, grad_k, grad_eps = grad_s + row_nan[:, None], grad_k + row_nan, grad_eps + row_nan
-    # tau in working precision is off by a few ulps of itself, and by the rounding of the sum, in units of eps
-    scale = 4.0 * np.abs(np.where(inner, tau, 0.0)) + 16.0 * eps_rows
-    distance = np.where(np.isfinite(rows.s) & inner[:, None], np.abs(d), np.inf).min(axis=1, initial=np.inf)
-    return Truth(lam, tau, grad_s, grad_k, grad_eps, error_lam, error_s, error_k, error_eps, distance / scale)
+    if g is None:
+        return Truth(lam, anchor + offset, None, None, None, error_lam, zero, zero, zero, zero, zero, zero)
+    g = np.atleast_2d(np.asarray(g, dtype=np.float64))
+    weight = np.where(free, lam, 0.0)
+    mass = weight.sum(axis=1)
+    safe = np.where(mass > 0, mass, 1.0)
+    gbar = np.where(mass > 0, np.where(free, weight * g, 0.0).sum(axis=1) / safe, 0.0)
+    away = np.where(free, g - gbar[:, None], 0.0)
+    grad_s = weight * away / eps_rows[:, None]
+    grad_eps = -(d * grad_s).sum(axis=1) / eps_rows
+    # gbar's own error: every lam is off by up to (8 + |z|) ulps, and so are the products with g
+    spread = np.where(free, np.abs(g), 0.0) + np.abs(gbar)[:, None]
+    error_k = (weight * (8.0 + np.abs(z)) * spread).sum(axis=1) / safe
+    entry = weight * ((8.0 + np.abs(z)) * spread + error_k[:, None]) / eps_rows[:, None]
+    error_eps = (np.abs(d) * entry).sum(axis=1) / eps_rows
+    # a score this near to tau may be taken for saturated or not: its own gradient comes or goes, and gbar moves with it
+    near = np.isfinite(rows.s) & inner[:, None] & (np.abs(z) <= 16.0 * unit * (1.0 + np.abs(offset) / eps_rows)[:, None])
+    jump = np.where(near, np.abs(g - gbar[:, None]), 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left = np.where(near, 0.0, weight).sum(axis=1)
+        shift = np.where(jump.any(axis=1), jump.sum(axis=1) / left, 0.0)
+        slack_s = _norm((jump + np.where(near | free, lam, 0.0) * shift[:, None]) / eps_rows[:, None])
+        slack_eps = (np.abs(d) * (jump + weight * shift[:, None])).sum(axis=1) / eps_rows**2
+    slack_s, slack_eps = np.nan_to_num(slack_s, nan=np.inf), np.nan_to_num(slack_eps, nan=np.inf)
+    row_nan = np.where(rows.nan, np.nan, 0.0)
+    return Truth(
+        lam, anchor + offset, grad_s + row_nan[:, None], gbar + row_nan, grad_eps + row_nan,
+        error_lam, _norm(entry), error_k, error_eps, slack_s, shift, slack_eps,
+    )  # fmt: skip
 
 
 # --- coordinate descent ----------------------------------------------------------------------------------------------
@@ -239,12 +267,24 @@ def coordinate_descent_truth(
     eps_decay: float = 1.0,
     mask: Any | None = None,
     g: Any | None = None,
+    unit: float = 2.0**-24,
 ) -> Truth:
-    """The published recurrence and, for a gradient ``g`` [R, n] of lam, its gradients by reverse mode, in float64."""
-    return _descend(rows_of(s, k, eps, mask), n_iters, eps, eps_init, eps_decay, g)[0]
+    """The published recurrence and, for a gradient ``g`` [R, n] of lam, its gradients by reverse mode, in float64.
+
+    ``unit`` is the roundoff of the arithmetic that is judged.
+    """
+    return _descend(rows_of(s, k, eps, mask), n_iters, eps, eps_init, eps_decay, g, unit)[0]
 
 
-def _descend(rows: Rows, n_iters: int, eps: float, eps_init: float | None, eps_decay: float, g: Any | None) -> tuple[Truth, Array]:
+def _descend(
+    rows: Rows,
+    n_iters: int,
+    eps: float,
+    eps_init: float | None,
+    eps_decay: float,
+    g: Any | None,
+    unit: float = 2.0**-24,
+) -> tuple[Truth, Array]:
     schedule = eps_schedule(n_iters, eps, eps_init, eps_decay)
     saturated = rows.s == np.inf
     dead = ~rows.valid.any(axis=1) | (rows.k <= 0)
@@ -259,7 +299,7 @@ def _descend(rows: Rows, n_iters: int, eps: float, eps_init: float | None, eps_d
     softmaxes: list[Array] = []
     clamped: list[NDArray[np.bool_]] = []
     error = np.zeros(s.shape[0])  # of a_t, in units of the roundoff
-    kink = np.full(s.shape[0], np.inf)
+    near: list[NDArray[np.bool_]] = []  # scores so near to a clamp that rounding decides
     for t in range(n_iters):
         e = schedule[t]
         x = np.zeros_like(s) if t == 0 else np.where(saturated, -a[:, None], s + b)
@@ -276,9 +316,7 @@ def _descend(rows: Rows, n_iters: int, eps: float, eps_init: float | None, eps_d
         handed = np.where(clamped[-1], p, 0.0).sum(axis=1) if clamped else 0.0
         rounding = 4.0 * np.abs(a) + 2.0 * np.abs(top) * e + e * (8.0 + np.abs(log_k) + np.abs(np.log(total)))
         error = handed * error + rounding
-        distance = np.where(valid & ~saturated, np.abs(s + a[:, None]), np.inf).min(axis=1, initial=np.inf)
-        # rounding errors of independent signs add as a root of squares: an eighth of the worst case is left out as a kink
-        kink = np.minimum(kink, distance / np.maximum(error / 8.0, 1e-300))
+        near.append(valid & ~saturated & (np.abs(s + a[:, None]) <= unit * error[:, None]))
         trace.append(a)
         softmaxes.append(p)
         clamped.append(over)
@@ -288,43 +326,48 @@ def _descend(rows: Rows, n_iters: int, eps: float, eps_init: float | None, eps_d
     error_lam = _norm(lam * (8.0 + np.abs(z) + np.where(clamped[-1], 0.0, error[:, None] / e))) + 1.0
     lam = np.where(rows.nan[:, None], np.nan, lam)
     zero = np.zeros(s.shape[0])
-    grad_s = grad_k = None
-    error_s, error_k = zero, zero
-    if g is not None:
-        g = np.where(valid, np.atleast_2d(np.asarray(g, dtype=np.float64)), 0.0)
-        at = np.where(clamped[-1] | ~valid, 0.0, g * np.nan_to_num(lam) / e)
-        grad_s = at.copy()
-        adjoint = at.sum(axis=1)
-        # relative errors: of lam and p (through a), and the sums'
-        relative = 16.0 + error / e
-        magnitude = np.abs(at) * (relative[:, None] + np.abs(z))
-        weight = magnitude.sum(axis=1)
-        dlog_k, error_log_k = zero.copy(), zero.copy()
-        for t in range(n_iters - 1, 0, -1):
-            e_t, p = schedule[t], softmaxes[t]
-            over = clamped[t - 1]
-            dlog_k = dlog_k + adjoint * e_t
-            error_log_k = error_log_k + weight * e_t
-            part = np.where(over | ~valid, 0.0, adjoint[:, None] * p)
-            grad_s -= part
-            sharper = 16.0 + error / e_t
-            magnitude += np.where(over, 0.0, p) * (weight + np.abs(adjoint) * sharper)[:, None]
-            share = np.where(over, p, 0.0).sum(axis=1)
-            weight = (weight + np.abs(adjoint) * sharper) * share
-            adjoint = adjoint * share
-        dlog_k = dlog_k + adjoint * schedule[0]
-        error_log_k = error_log_k + weight * schedule[0]
-        above = ~easy & (rows.k >= K_FLOOR)
-        safe = np.where(above, rows.k, 1.0)
-        grad_k = np.where(above, dlog_k / safe, 0.0)
-        error_k = np.where(above, error_log_k / safe, 0.0) + np.abs(grad_k)
-        error_s = _norm(np.where(valid, magnitude, 0.0))
-        row_nan = np.where(rows.nan, np.nan, 0.0)
-        grad_s, grad_k = grad_s + row_nan[:, None], grad_k + row_nan
     threshold = np.where(dead, np.inf, -a)
     threshold = np.where(rows.nan, np.nan, threshold)
-    kink = np.where(easy, np.inf, kink)
-    truth = Truth(lam, threshold, grad_s, grad_k, None, error_lam, error_s, error_k, zero, kink)
+    if g is None:
+        return Truth(lam, threshold, None, None, None, error_lam, zero, zero, zero, zero, zero, zero), np.array(trace)
+    g = np.where(valid, np.atleast_2d(np.asarray(g, dtype=np.float64)), 0.0)
+    full = g * np.nan_to_num(lam) / e
+    at = np.where(clamped[-1] | ~valid, 0.0, full)
+    grad_s = at.copy()
+    adjoint = at.sum(axis=1)
+    # rounding, as relative errors of lam and p (through a) and the sums'; a kink, as the jump of what it lets come or go
+    magnitude = np.abs(at) * ((16.0 + error / e)[:, None] + np.abs(z))
+    weight = magnitude.sum(axis=1)
+    jumps = np.where(near[-1], np.abs(full), 0.0)
+    jump = jumps.sum(axis=1)
+    dlog_k, error_log_k, jump_log_k = zero.copy(), zero.copy(), zero.copy()
+    for t in range(n_iters - 1, 0, -1):
+        e_t, p, over, close = schedule[t], softmaxes[t], clamped[t - 1], near[t - 1]
+        size = np.abs(adjoint) + jump
+        dlog_k = dlog_k + adjoint * e_t
+        error_log_k = error_log_k + weight * e_t
+        jump_log_k = jump_log_k + jump * e_t
+        grad_s -= np.where(over | ~valid, 0.0, adjoint[:, None] * p)
+        sharper = weight + size * (16.0 + error / e_t)
+        magnitude += np.where(over, 0.0, p) * sharper[:, None]
+        jumps += np.where(close, size[:, None] * p, np.where(over, 0.0, jump[:, None] * p))
+        share, unsure = np.where(over, p, 0.0).sum(axis=1), np.where(close, p, 0.0).sum(axis=1)
+        weight = sharper * np.minimum(share + unsure, 1.0)
+        jump = jump * share + size * unsure
+        adjoint = adjoint * share
+    dlog_k = dlog_k + adjoint * schedule[0]
+    error_log_k = error_log_k + weight * schedule[0]
+    jump_log_k = jump_log_k + jump * schedule[0]
+    above = ~easy & (rows.k >= K_FLOOR)
+    safe = np.where(above, rows.k, 1.0)
+    grad_k = np.where(above, dlog_k / safe, 0.0)
+    error_k = np.where(above, error_log_k / safe, 0.0) + np.abs(grad_k)
+    slack_k = np.where(above, jump_log_k / safe, 0.0)
+    row_nan = np.where(rows.nan, np.nan, 0.0)
+    truth = Truth(
+        lam, threshold, grad_s + row_nan[:, None], grad_k + row_nan, None,
+        error_lam, _norm(np.where(valid, magnitude, 0.0)), error_k, zero, _norm(jumps), slack_k, zero,
+    )  # fmt: skip
     return truth, np.array(trace)
 
 
