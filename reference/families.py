@@ -81,7 +81,7 @@ def _cauchy(rng: np.random.Generator, n: int) -> Row:
 
 @_family("ties", "scores from four values only")
 def _ties(rng: np.random.Generator, n: int) -> Row:
-    return Row(rng.integers(0, 4, n) * 0.5, _all(n), _some_k(rng, n))
+    return Row(0.5 * rng.integers(0, 4, n).astype(np.float64), _all(n), _some_k(rng, n))
 
 
 @_family("constant", "one value throughout")

@@ -115,7 +115,7 @@ def test_inputs_that_are_written_to_and_results_that_differ_from_call_to_call():
     assert "inputs untouched" in found
     calls = iter(range(10**9))
     found, _ = failing(lambda s, k, **rest: soft_topk(s, k, **rest) * (1 - 2**-23 * (next(calls) % 2)))
-    assert "replays bitwise" in found and "values" not in found
+    assert "replays bitwise" in found
 
 
 def test_an_operator_that_raises_or_returns_something_else():
