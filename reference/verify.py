@@ -20,10 +20,15 @@ and short rows. Nothing here imports a kernel.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +49,7 @@ SLACK_SHARE = 0.1
 """A row counts as left out of a gradient comparison where its kinks alone may move the gradient by more than this share."""
 
 SHRINK_SECONDS, SHRINK_SECONDS_IN_ALL = 15.0, 60.0
-"""How long one counterexample, and all of a run, are shrunk."""
+"""How long one counterexample, and all of an operator and dtype, are shrunk."""
 
 PROPERTIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "runs": ("it returns a tensor of the scores' shape, dtype and device, and gradients, without an error", KINDS),
@@ -295,13 +300,14 @@ def _judge(case: Case) -> _Judged:
 # --- the properties of a case ----------------------------------------------------------------------------------------
 
 
-def examine(target: Target, case: Case, device: torch.device | str = "cpu") -> list[Finding]:
+def examine(target: Target, case: Case, device: torch.device | str = "cpu", longest: int | None = None) -> list[Finding]:
     """Measures every property of every row of a case.
 
     Args:
         target: the implementation, called as the module says.
         case: what to run it on.
         device: where.
+        longest: the longest rows that the implementation takes; None is any. "masked tail" makes rows of n + 3.
 
     Returns:
         The findings. An implementation that raises has one: "runs".
@@ -313,7 +319,7 @@ def examine(target: Target, case: Case, device: torch.device | str = "cpu") -> l
         lam, gradients, given = _call(target, case, inputs, at, dtype, case.layout)
         again, more, _ = _call(target, case, inputs, at, dtype, case.layout)
         found = _found(lam, gradients)
-        moved = list(_moved(target, case, inputs, truth, at))
+        moved = list(_moved(target, case, inputs, at, longest))
     except Exception as raised:
         text = f"it raised {type(raised).__name__}: {' '.join(str(raised).split())[:300]}"
         return [Finding("runs", none + np.inf, none, nobody, text)]
@@ -431,7 +437,9 @@ def _touched(given: list[tuple[torch.Tensor, torch.Tensor]], rows: int) -> Array
     return count.to(torch.float64).numpy()
 
 
-def _moved(target: Target, case: Case, inputs: Inputs, truth: Truth, device: torch.device) -> Iterator[tuple[str, Any, Array]]:
+def _moved(
+    target: Target, case: Case, inputs: Inputs, device: torch.device, longest: int | None
+) -> Iterator[tuple[str, Any, Array]]:
     """The operator on transformed input, brought back: (property, row or rows it speaks of, lam)."""
     dtype = getattr(torch, case.dtype)
     rng = np.random.default_rng(len(case.rows))
@@ -449,9 +457,10 @@ def _moved(target: Target, case: Case, inputs: Inputs, truth: Truth, device: tor
     order = rng.permutation(case.n)
     back = np.argsort(order)
     yield "permutation", everything, lam(inputs._replace(s=inputs.s[:, order], valid=inputs.valid[:, order]))[:, back]
-    tail = np.full((len(case.rows), 3), 1e4)
-    longer = inputs._replace(s=np.hstack([inputs.s, tail]), valid=np.hstack([inputs.valid, np.zeros(tail.shape, bool)]))
-    yield "masked tail", everything, lam(longer)[:, : case.n]
+    if longest is None or case.n + 3 <= longest:
+        tail = np.full((len(case.rows), 3), 1e4)
+        longer = inputs._replace(s=np.hstack([inputs.s, tail]), valid=np.hstack([inputs.valid, np.zeros(tail.shape, bool)]))
+        yield "masked tail", everything, lam(longer)[:, : case.n]
     with np.errstate(over="ignore"):
         doubled = inputs._replace(s=2.0 * inputs.s, eps=2.0 * inputs.eps)
     # a power of two is exact where nothing leaves the range of the dtype
@@ -472,7 +481,7 @@ PROOF_ELEMENTS = 1 << 21
 def proof_cases(op: str, dtype: str, rows: int, n: int, seed: int) -> list[Case]:
     """The cases on which a launch configuration for ``[rows, n]`` is proved.
 
-    Lengths n, and n - 1 with a mask and tensors for k and eps; every family where the batch has room for it. The batch has as
+    Lengths n, and n - 3 with a mask and tensors for k and eps; every family where the batch has room for it. The batch has as
     many rows as there are families, or fewer where rows are very long.
     """
     names = list(families.FAMILIES)
@@ -488,7 +497,7 @@ def proof_cases(op: str, dtype: str, rows: int, n: int, seed: int) -> list[Case]
     exact = op == "soft_topk"
     return [
         Case(op, dtype, n, chosen(plain), tensor_k=False, **schedule),
-        Case(op, dtype, max(1, n - 1), chosen(names), tensor_k=True, tensor_eps=exact, **schedule),
+        Case(op, dtype, max(1, n - 3), chosen(names), tensor_k=True, tensor_eps=exact, **schedule),
     ]
 
 
@@ -518,7 +527,7 @@ def check_candidate(
     for case in proof_cases(op, str(dtype).removeprefix("torch."), rows, n, seed):
         cases += len(case.rows)
         used |= {family for family, _ in case.rows}
-        for finding in examine(target, case, device):
+        for finding in examine(target, case, device, longest=n):
             if not finding.holds and not failure:
                 failure = f"{finding.to_text()} (n = {case.n}, family {case.rows[finding.worst][0]})"
             replays = replays and not (finding.name == "replays bitwise" and not finding.holds)
@@ -709,25 +718,122 @@ def _reproducer(name: str, where: str, case: Case, device: torch.device) -> str:
     )
 
 
-@dataclass
-class _Suite:
-    targets: dict[str, Target]
-    where: dict[str, str]
+class _Part(NamedTuple):
+    """One operator and dtype of a run."""
+
+    op: str
+    dtype: str
+    where: str
     device: torch.device
     examples: int
     seed: int
     most: int
-    tallies: dict[tuple[str, str, str], _Tally] = field(default_factory=dict)
-    failures: dict[tuple[str, str, str], _Failure] = field(default_factory=dict)
 
-    def note(self, op: str, case: Case) -> None:
-        for finding in examine(self.targets[op], case, self.device):
-            key = (op, finding.name, case.dtype)
-            self.tallies.setdefault(key, _Tally()).add(finding, case)
+    @property
+    def steps(self) -> int:
+        return self.examples + len(_sweep(self.op, self.dtype, self.most))
+
+
+class _Outcome(NamedTuple):
+    properties: list[dict[str, Any]]
+    failures: list[dict[str, Any]]
+
+
+def _run_part(part: _Part, target: Target, say: Callable[[str, int], None]) -> _Outcome:
+    """Sweeps, draws and shrinks; calls ``say`` with (what is done, steps done since)."""
+    op, dtype = part.op, part.dtype
+    tallies: dict[str, _Tally] = {}
+    failures: dict[str, _Failure] = {}
+
+    def note(case: Case) -> None:
+        for finding in examine(target, case, part.device):
+            tallies.setdefault(finding.name, _Tally()).add(finding, case)
             if not finding.holds:
                 found = _Failure(case, finding)
-                if key not in self.failures or found.size() < self.failures[key].size():
-                    self.failures[key] = found
+                if finding.name not in failures or found.size() < failures[finding.name].size():
+                    failures[finding.name] = found
+        say(f"{op} {dtype}", 1)
+
+    for case in _sweep(op, dtype, part.most):
+        note(case)
+    _explore(op, dtype, part.most, part.examples, part.seed, False, note)
+    shrunk = []
+    until = time.monotonic() + SHRINK_SECONDS_IN_ALL
+    for name, first in failures.items():
+        say(f"shrinking a counterexample to {name!r} of {op} {dtype}", 0)
+        seconds = min(SHRINK_SECONDS, until - time.monotonic())
+        smallest = _shrunk(target, part.device, first, part.most, part.examples, part.seed, seconds)
+        shrunk.append(_failure(part, name, smallest))
+    _judge.cache_clear()
+    rows = [
+        _property(part, name, tallies.get(name, _Tally()), failures.get(name)) for name, (_, ops) in PROPERTIES.items() if op in ops
+    ]
+    return _Outcome(rows, shrunk)
+
+
+def _imported(where: str) -> Target:
+    module, _, attribute = where.partition(":")
+    found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    if not callable(found):
+        raise TypeError(f"{where} is a {type(found).__name__}, which cannot be called")
+    return found
+
+
+def _serve(part: _Part, pipe: Any) -> None:
+    """A part in a process of its own; it is stopped by its parent, not by Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe.send(_run_part(part, _imported(part.where), lambda text, steps: pipe.send((text, steps))))
+    pipe.close()
+
+
+def _in_processes(parts: list[_Part], workers: int, say: Callable[[str, int], None]) -> list[_Outcome]:
+    """Runs parts side by side: on a GPU most of the time goes into compiling. A process that dies fails its own part."""
+    context = multiprocessing.get_context("spawn")
+    waiting = list(parts)
+    running: dict[multiprocessing.connection.Connection[Any, Any], tuple[_Part, Any]] = {}
+    outcomes: dict[_Part, _Outcome] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                part = waiting.pop(0)
+                mine, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_serve, args=(part, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[mine] = (part, process)
+            ready = multiprocessing.connection.wait(list(running))
+            for pipe in [pipe for pipe in running if pipe in ready]:
+                part, process = running[pipe]
+                try:
+                    message = pipe.recv()
+                except EOFError:
+                    process.join()
+                    outcomes.setdefault(part, _died(part, process.exitcode))
+                    del running[pipe]
+                    continue
+                if isinstance(message, _Outcome):
+                    outcomes[part] = message
+                else:
+                    say(*message)
+    finally:
+        for _, process in running.values():
+            process.kill()
+    return [outcomes[part] for part in parts]
+
+
+def _died(part: _Part, status: int | None) -> _Outcome:
+    message = f"{part.op} {part.dtype}: the process that ran it ended with exit status {status} before it was done"
+    rows = [_property(part, name, _Tally(), None) for name, (_, ops) in PROPERTIES.items() if part.op in ops]
+    for row in rows:
+        if row["property"] == "runs":
+            row["verdict"], row["reason"] = "fail", message
+    failure = {"op": part.op, "property": "runs", "dtype": part.dtype, "family": None, "error": None, "bound": None}
+    return _Outcome(rows, [failure | {"message": message, "reproducer": ""}])
+
+
+def default_workers(device: torch.device) -> int:
+    """Processes to run on: one for two cores, at most 8, on a GPU; this one on a CPU, whose kernels use all cores."""
+    return min(8, max(1, (os.cpu_count() or 2) // 2)) if device.type == "cuda" else 1
 
 
 def run(
@@ -740,6 +846,7 @@ def run(
     dtypes: tuple[str, ...] = DTYPES,
     longest: int | None = None,
     where: dict[str, str] | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Runs the whole suite.
 
@@ -751,7 +858,9 @@ def run(
         progress: called with (total, done, text, seconds left or None).
         dtypes: of the scores.
         longest: the longest rows drawn; None is 16385 on a GPU and 2049 on a CPU.
-        where: operator -> "module:function", for the code that reproduces a failure; None is coordroute's own.
+        where: operator -> "module:function", where processes import the implementations from, and the code that reproduces a
+            failure. None: they are in this process only, and so is the run; the code then names coordroute's own.
+        workers: processes, each running one operator and dtype at a time; None is :func:`default_workers`, 1 is this one.
 
     Returns:
         ``{"seed", "examples", "seconds", "ok", "properties": [...], "failures": [...]}``; a row of properties is ``{"op",
@@ -766,64 +875,48 @@ def run(
     if examples < 1:
         raise ValueError(f"examples is {examples}; at least 1 is needed")
     begin = time.monotonic()
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    at = torch.device(device)
+    at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     most = longest or (16385 if at.type == "cuda" else 2049)
     named = where or {op: f"coordroute:{op}" for op in targets}
-    suite = _Suite(targets, named, at, examples, seed, most)
-    plan = [(op, dtype) for op in KINDS if op in targets for dtype in dtypes]
-    total = len(plan) * (examples + 4)
+    parts = [_Part(op, dtype, named[op], at, examples, seed, most) for op in KINDS if op in targets for dtype in dtypes]
+    if workers is None:
+        workers = default_workers(at) if where else 1
+    total = sum(part.steps for part in parts)
     done = 0
 
-    def step(text: str) -> None:
+    def say(text: str, steps: int) -> None:
         nonlocal done
-        done += 1
+        done += steps
         if progress is not None:
             spent = time.monotonic() - begin
-            progress(total, min(done, total), text, spent / done * (total - done) if done < total else 0.0)
+            left = spent / done * (total - done) if 3 <= done < total else None
+            progress(total, min(done, total), text, left)
 
-    for op, dtype in plan:
-        for case in _sweep(op, dtype, most):
-            suite.note(op, case)
-            step(f"{op} {dtype}")
-        _judge.cache_clear()
-
-        def test(case: Case, op: str = op, dtype: str = dtype) -> None:
-            suite.note(op, case)
-            step(f"{op} {dtype}")
-
-        _explore(op, dtype, most, examples, seed, False, test)
-        _judge.cache_clear()
-    failures = []
-    until = time.monotonic() + SHRINK_SECONDS_IN_ALL
-    for (op, name, dtype), first in suite.failures.items():
-        seconds = min(SHRINK_SECONDS, until - time.monotonic())
-        if progress is not None:
-            progress(total, total, f"shrinking a counterexample to {name!r} of {op} {dtype}", None)
-        failures.append(_failure(op, name, _shrunk(targets[op], at, first, most, examples, seed, seconds), at, named[op]))
-    rows = [_property(op, name, dtype, suite) for op, dtype in plan for name, (_, ops) in PROPERTIES.items() if op in ops]
+    alone = workers <= 1
+    outcomes = [_run_part(part, targets[part.op], say) for part in parts] if alone else _in_processes(parts, workers, say)
+    rows = [row for outcome in outcomes for row in outcome.properties]
     return {
         "seed": seed,
         "examples": examples,
         "seconds": round(time.monotonic() - begin, 1),
         "ok": all(row["verdict"] != "fail" for row in rows),
         "properties": rows,
-        "failures": failures,
+        "failures": [failure for outcome in outcomes for failure in outcome.failures],
     }
 
 
-def _failure(op: str, name: str, found: _Failure, device: torch.device, where: str) -> dict[str, Any]:
+def _failure(part: _Part, name: str, found: _Failure) -> dict[str, Any]:
     case, finding, at = found.case, found.finding, found.finding.worst
+    size = f"{len(case.rows)} row(s) of {case.n}"
     return {
-        "op": op,
+        "op": part.op,
         "property": name,
         "dtype": case.dtype,
         "family": case.rows[at][0],
         "error": _number(float(finding.error[at])),
         "bound": _number(float(finding.bound[at])),
-        "message": f"{op} {case.dtype}, {len(case.rows)} row(s) of {case.n}: {finding.to_text()} (family {case.rows[at][0]!r})",
-        "reproducer": _reproducer(name, where, case, device),
+        "message": f"{part.op} {case.dtype}, {size}: {finding.to_text()} (family {case.rows[at][0]!r})",
+        "reproducer": _reproducer(name, part.where, case, part.device),
     }
 
 
@@ -832,22 +925,20 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _property(op: str, name: str, dtype: str, suite: _Suite) -> dict[str, Any]:
-    tally = suite.tallies.get((op, name, dtype), _Tally())
+def _property(part: _Part, name: str, tally: _Tally, failure: _Failure | None) -> dict[str, Any]:
     verdict, reason = "pass", ""
-    if (op, name, dtype) in suite.failures:
-        verdict = "fail"
-        reason = suite.failures[op, name, dtype].finding.message
+    if failure is not None:
+        verdict, reason = "fail", failure.finding.message
     elif tally.share > compare.KINK_SHARE:
         verdict = "fail"
         reason = f"{tally.share:.0%} of the rows lie at a kink and were left out; at most {compare.KINK_SHARE:.0%} may"
     elif not tally.cases:
         verdict, reason = "not run", "no case came to it"
     return {
-        "op": op,
+        "op": part.op,
         "property": name,
         "sentence": PROPERTIES[name][0],
-        "dtype": dtype,
+        "dtype": part.dtype,
         "cases": tally.cases,
         "left_out": tally.left_out,
         "worst_error": _number(tally.error),

@@ -250,3 +250,33 @@ def test_a_kink_widens_the_bound_by_the_jump():
     assert jump > 0.1
     for result in results:
         assert np.linalg.norm(result - kinked.grad_scores) <= kinked.slack_scores[0] + 1e-3
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_processes_find_what_one_finds():
+    where = {"soft_topk": "coordroute:soft_topk"}
+    arguments = {"device": "cpu", "examples": 2, "seed": 1, "dtypes": ("float32", "float64"), "longest": 65}
+    steps = []
+    one = verify.run({"soft_topk": soft_topk}, workers=1, **arguments)
+    two = verify.run({"soft_topk": soft_topk}, workers=2, where=where, progress=lambda *a: steps.append(a), **arguments)
+    assert one.pop("seconds") >= 0 and two.pop("seconds") >= 0 and one == two
+    assert [step[1] for step in steps] == sorted(step[1] for step in steps) and steps[-1][1] == steps[-1][0]
+
+
+def test_a_process_that_dies_fails_its_own_part(tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text("import os\ndef soft_topk(*a, **k): os._exit(7)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    report = verify.run(
+        {"soft_topk": soft_topk, "coordinate_descent": coordinate_descent},
+        device="cpu",
+        examples=1,
+        dtypes=("float32",),
+        longest=9,
+        where={"soft_topk": "deadly:soft_topk", "coordinate_descent": "coordroute:coordinate_descent"},
+        workers=2,
+    )
+    failed = [(row["op"], row["property"]) for row in report["properties"] if row["verdict"] == "fail"]
+    assert failed == [("soft_topk", "runs")] and not report["ok"]
+    assert "exit status 7" in report["failures"][0]["message"]
