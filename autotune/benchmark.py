@@ -40,7 +40,7 @@ COMPILED_SHAPES = ((1024, 8192), (4, 131072), (64, 4096))
 """torch.compile of the published recurrence takes a while for each shape: it is measured at these."""
 
 COMPILE_SECONDS = 40.0
-GPU_SECONDS, CPU_SECONDS = 85.0, 55.0
+GPU_SECONDS, CPU_SECONDS = 240.0, 55.0
 PEER_SEGMENTS = 2
 """checkpoint_segments of the peer's kernel."""
 
@@ -213,7 +213,7 @@ def run(
         peers: also measure other packages that are installed; one that is missing or fails is a row with its reason.
         progress: called with (total, done, text, seconds left or None).
         shapes: (rows, n) to measure; None is the fixed list of the device's kind.
-        seconds: after this long what is left is recorded as skipped; None is 85 on a GPU and 55 on a CPU.
+        seconds: after this long what is left is recorded as skipped; None is 240 on a GPU and 55 on a CPU.
 
     Returns:
         The evidence as it goes into benchmark.json.

@@ -25,8 +25,6 @@ Backward, with g the gradient of lam, U_t = {s_i + a_t <= 0} (relu has gradient 
 On C_t every p is the same number, so sum_{C_t} p is a count times one exponential.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -86,7 +84,7 @@ def _next_a(total, shift, eps_t, log_k):
     return eps_t * (log_k - tl.log(total)) - shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "k_stride", "n_iters", "base", "remainder", "segments"])
 def _iterate(
     scores_ptr,
     k_ptr,
@@ -237,7 +235,7 @@ def _clamp_mass(count, a, a_next, eps_t, log_k):
     return tl.where(count > 0, count.to(a.dtype) * p, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "k_stride", "t_floor", "n_iters"])
 def _backward(
     grad_ptr,
     scores_ptr,
@@ -542,7 +540,7 @@ def coordinate_descent_backward(
             COMPUTE=tl_compute,
             ROWS=rows,
             BLOCK=config.block,
-            T_BLOCK=1 << math.ceil(math.log2(max(n_iters, 2))),
+            T_BLOCK=1 if resident else triton.next_power_of_2(n_iters),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

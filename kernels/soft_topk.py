@@ -144,7 +144,7 @@ def _lam(s, hi, lo, scale, k):
     return tl.where((hi != hi)[:, None], float("nan"), lam)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "k_stride", "eps_stride"])
 def _forward_resident(
     scores_ptr,
     k_ptr,
@@ -213,7 +213,7 @@ def _forward_resident(
     tl.store(threshold_ptr + rows * 2 + 1, lo, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "k_stride", "eps_stride"])
 def _forward_tiled(
     scores_ptr,
     k_ptr,
@@ -341,7 +341,7 @@ def _backward_tile(
     return d, g, lam
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "eps_stride"])
 def _backward_resident(
     grad_ptr,
     scores_ptr,
@@ -389,7 +389,7 @@ def _backward_resident(
         tl.store(deps_ptr + rows, -tl.sum(d * ds, axis=1) / eps, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "eps_stride"])
 def _backward_tiled(
     grad_ptr,
     scores_ptr,

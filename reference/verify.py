@@ -19,6 +19,7 @@ and short rows. Nothing here imports a kernel.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
@@ -26,6 +27,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -474,7 +476,7 @@ def _moved(
 # --- one configuration of the autotuner ------------------------------------------------------------------------------
 
 
-PROOF_ELEMENTS = 1 << 21
+PROOF_ELEMENTS = 1 << 20
 """Entries of a batch of a proof, at most."""
 
 
@@ -780,10 +782,22 @@ def _imported(where: str) -> Target:
 
 
 def _serve(part: _Part, pipe: Any) -> None:
-    """A part in a process of its own; it is stopped by its parent, not by Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A part in a process of its own."""
     pipe.send(_run_part(part, _imported(part.where), lambda text, steps: pipe.send((text, steps))))
     pipe.close()
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside ignore Ctrl-C from their first moment: their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _in_processes(parts: list[_Part], workers: int, say: Callable[[str, int], None]) -> list[_Outcome]:
@@ -798,7 +812,8 @@ def _in_processes(parts: list[_Part], workers: int, say: Callable[[str, int], No
                 part = waiting.pop(0)
                 mine, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_serve, args=(part, theirs), daemon=True)
-                process.start()
+                with _without_interrupts():
+                    process.start()
                 theirs.close()
                 running[mine] = (part, process)
             ready = multiprocessing.connection.wait(list(running))

@@ -1,0 +1,1158 @@
+"""The command line: each subcommand calls one function of a folder beside this file, and prints.
+
+Exit status: 0 fine, 1 a check failed, 2 bad usage (an argument, an environment variable or a file), 130 interrupted.
+
+What a person reads goes to stdout; progress, warnings and errors go to stderr. torch is imported after the arguments were
+parsed, so that help and usage errors are quick. rich is needed for the tables and progress bars of long work alone: ``configs``
+and ``env``, which people run where they only use the operators, do without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TextIO
+
+from . import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from .autotune.store import Explanation, Verdict
+
+OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# copies of what lies in modules that import torch; a test holds them together
+OPS = ("soft_topk", "coordinate_descent")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+EFFORTS = ("quick", "full")
+
+EXTRA = "pip install 'coordroute[tune]'"
+EXTRA_MODULES = ("rich", "hypothesis", "matplotlib")
+
+LINE_SECONDS = 10.0
+"""How often progress is a line at most, where stderr is no terminal."""
+
+STDOUT = "-"
+
+
+class Problem(Exception):
+    """Something that the user can mend: one message, no traceback."""
+
+    def __init__(self, message: str, status: int = BAD_USAGE, prog: str = "") -> None:
+        super().__init__(message)
+        self.status, self.prog = status, prog
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def _emit(text: str, stream: TextIO | None = None) -> None:
+    """Writes to stdout (or ``stream``). A reader that has gone, such as ``head``, is no error and ends no work."""
+    stream = sys.stdout if stream is None else stream
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        stream.write(text if text.endswith("\n") else f"{text}\n")
+        stream.flush()
+    except OSError as error:
+        # what is still buffered must not fail again when the interpreter ends
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise Problem(f"stdout cannot be written to ({_reason(error)})") from error
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _tell(prog: str, text: object) -> None:
+    _emit(f"{prog}: {_one_line(text)}", sys.stderr)
+
+
+@contextlib.contextmanager
+def _readable_warnings(prog: str) -> Iterator[None]:
+    """Warnings as one line each, without the source line that caused them."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = str(message).removeprefix("coordroute: ")
+        ours = category is UserWarning or category.__name__ == "ConfigurationWarning"
+        where = f"{category.__name__} ({Path(filename).name}, line {lineno}): "
+        _tell(prog, f"warning: {'' if ours else where}{text}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+Cell = str | tuple[str, str]
+"""A text, or a text and the style that it has where there are colors."""
+
+WIDE = 4000
+"""The width of a console that nobody looks at: wider than any table, so that nothing is wrapped or cut."""
+
+
+def _need_rich() -> None:
+    try:
+        import rich.progress
+        import rich.table  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise Problem(f"its tables need the package rich, which is not installed: {EXTRA}, or use --json {STDOUT}") from error
+
+
+def _console(stream: IO[str]) -> Any:
+    from rich.console import Console
+
+    terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+    colors: Any = "auto" if terminal and not os.environ.get("NO_COLOR") else None
+    width = None if terminal else WIDE
+    return Console(file=stream, force_terminal=terminal, color_system=colors, width=width, highlight=False, markup=False)
+
+
+def _table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table as text for stdout. ``columns`` are (header, "left", "right" or "fold"); only "fold" columns are wrapped."""
+    from rich import box
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header, kind in columns:
+        justify: Any = "right" if kind == "right" else "left"
+        table.add_column(Text(header), justify=justify, no_wrap=kind != "fold", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else Text(cell[0], style=cell[1]) for cell in row))
+    console = _console(sys.stdout)
+    # a terminal too narrow for a table wraps its lines; rich would cut the cells
+    if Measurement.get(console, console.options.update(width=WIDE), table).minimum > console.width:
+        console.width = WIDE
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _columns(rows: Sequence[Sequence[str]], indent: int = 2) -> list[str]:
+    """Lines with aligned columns, for what must do without rich."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [" " * indent + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _count(number: int, what: str, plural: str = "") -> str:
+    return f"{number} {what if number == 1 else plural or what + 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class _Progress:
+    """Progress on stderr: a bar where that is a terminal, else a line every ten seconds at most."""
+
+    def __init__(self, prog: str) -> None:
+        self.prog = prog
+        self.bar: Any = None
+        self.task: Any = None
+        self.shown = -math.inf
+
+    def __enter__(self) -> _Progress:
+        if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+            return self
+        try:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.table import Column
+        except ModuleNotFoundError:  # with --json - nothing else needs it
+            return self
+        text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        left = TextColumn("{task.fields[left]}", markup=False, table_column=Column(no_wrap=True))
+        self.bar = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            left,
+            text,
+            console=_console(sys.stderr),
+            auto_refresh=False,  # a thread that draws would disturb what is timed
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self.task = self.bar.add_task("starting", total=None, left="")
+        self.bar.start()
+        self.bar.refresh()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, total: int, done: int, text: str, seconds_left: float | None) -> None:
+        now = time.monotonic()
+        left = "" if seconds_left is None else f"about {_duration(seconds_left)} left"
+        if self.bar is not None:
+            more = {"description": text} if text else {}
+            self.bar.update(self.task, total=total, completed=done, left=left, **more)
+            if now - self.shown >= 0.1:
+                self.shown = now
+                self.bar.refresh()
+        elif now - self.shown >= LINE_SECONDS:
+            self.shown = now
+            _tell(self.prog, ", ".join(part for part in (f"{done}/{total}", text, left) if part))
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        # argparse says "argument --x: invalid choice: 'y' (choose from ...)"; here every message says what is allowed alike
+        message = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        message = re.sub(r"^(\S+): it is ", r"\1 is ", message)
+        message = re.sub(r"^(\S+): invalid choice: (.*) \(choose from (.*)\)$", r"\1 is \2; allowed is one of \3", message)
+        raise Problem(f"{message} (see {self.prog} --help)", prog=self.prog)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:
+            _emit(message, file)
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"it is {text!r}; allowed is a whole number of at least {least}")
+        return number
+
+    return parse
+
+
+def _shape(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,18})[xX]([0-9]{1,18})", text)
+    if not found or not (int(found[1]) and int(found[2])):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; allowed is ROWSxN with both at least 1, such as 1024x8192")
+    return int(found[1]), int(found[2])
+
+
+def _reference(text: str) -> str:
+    name = r"[^\W\d]\w*"
+    if not re.fullmatch(rf"{name}(\.{name})*:{name}", text):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; allowed is MODULE:FUNCTION, such as mypackage.ops:my_topk")
+    return text
+
+
+EXAMPLES = """\
+one example each:
+  coordroute autotune                        tune this machine's GPU, or else its CPU
+  coordroute verify --examples 100           check values and gradients against float64
+  coordroute benchmark --peers               measure against torch and other packages
+  coordroute report --input report           render the JSON files of the three above
+  coordroute configs --explain 1024x8192     which configuration serves such a call
+  coordroute env                             what a bug report needs
+
+exit status:
+  0    fine
+  1    a check failed
+  2    bad usage: an argument, an environment variable or a file
+  130  interrupted with Ctrl-C; autotune has kept what was measured, and goes on
+       from there when the same command is run again
+
+`coordroute COMMAND --help` says more; `coordroute env` lists the environment variables.
+"""
+
+AUTOTUNE = """\
+Finds the fastest launch configurations for this device and writes them to its
+configuration file, where model code finds them by itself.
+
+Every candidate is compiled and verified against a float64 oracle before it is
+timed. The fastest is taken only where it surely beats the default. The entry that
+is written carries its timing and its proof.
+
+Ctrl-C loses nothing: finished keys are in the file, verified candidates in a hidden
+file beside it, and the same command goes on from there (exit status 130). The exit
+status is 1 where a default failed its check or nothing could be tuned."""
+
+VERIFY = """\
+Checks an implementation against float64: values, gradients, certificates of
+optimality, determinism and more.
+
+Without --op it checks coordroute's own operators. With --op and --kind it checks a
+function of yours, called as
+
+  soft_topk           f(scores, k, eps=..., mask=...)
+  coordinate_descent  f(scores, k, n_iters=..., eps=..., eps_init=...,
+                        eps_decay=..., mask=...)
+
+with scores [rows, n], k a number or a tensor [rows], eps of soft_topk likewise, and
+mask bool [rows, n] (True = valid), which is only passed where it masks something. It
+returns the weights [rows, n] and is differentiable.
+
+Each failure is printed with code that reproduces it; the exit status is then 1."""
+
+BENCHMARK = """\
+Measures our operators, forward and backward, beside torch.softmax, torch.topk, a
+copy, and the published recurrence in eager and compiled torch; with --peers also
+other packages that are installed. Device time, interleaved, all in one run.
+
+"x softmax" is a time over that of torch.softmax on the same shape and dtype: 2.00
+takes twice as long."""
+
+REPORT = """\
+Renders the JSON files of autotune, verify and benchmark to pages that a person
+reads, and prints the paths of what it wrote. Needs no GPU."""
+
+CONFIGS = """\
+Shows which configuration files are searched for this device, which entries they
+have, and why others are not used.
+
+With --explain it shows, for each operator and direction, which entry serves a call
+on scores of ROWSxN, and why."""
+
+ENV = """\
+Shows versions, devices, paths of configuration files, and the environment variables
+with their allowed values. Paste it into a bug report."""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns - 2, 98))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="coordroute",
+        description="Differentiable top-k for routing: tune it for this device, verify it, measure it.",
+        epilog=EXAMPLES,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"coordroute {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str, examples: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    def add_device(command: argparse.ArgumentParser) -> None:
+        text = "cpu, cuda or cuda:INDEX (default: the current GPU, or the CPU where there is none)"
+        command.add_argument("--device", metavar="DEVICE", help=text)
+
+    def add_json(command: argparse.ArgumentParser) -> None:
+        text = "also write the result as JSON; without FILE or with '-', to stdout and nothing else there"
+        command.add_argument("--json", metavar="FILE", nargs="?", const=STDOUT, help=text)
+
+    one = add(
+        "autotune",
+        _autotune,
+        "find and prove the fastest launch configurations for a device",
+        AUTOTUNE,
+        "  coordroute autotune\n"
+        "  coordroute autotune --device cuda:1 --effort full\n"
+        "  coordroute autotune --output my-gpu.json --json autotune.json\n",
+    )
+    add_device(one)
+    text = "quick is about two minutes; full tries more shapes, dtypes and candidates (default: %(default)s)"
+    one.add_argument("--effort", choices=EFFORTS, default="quick", help=text)
+    text = "the configuration file (default: <device>.json in COORDROUTE_CONFIG_DIR, or else in the user's cache folder)"
+    one.add_argument("--output", metavar="FILE", help=text)
+    one.add_argument("--fresh", action="store_true", help="begin anew instead of going on with an interrupted run")
+    add_json(one)
+
+    one = add(
+        "verify",
+        _verify,
+        "check values and gradients against float64, ours or yours",
+        VERIFY,
+        "  coordroute verify\n"
+        "  coordroute verify --device cpu --examples 200 --seed 7 --json verify.json\n"
+        "  coordroute verify --op mypackage.ops:my_topk --kind soft_topk\n",
+    )
+    add_device(one)
+    text = "batches drawn for each operator and dtype, on top of a fixed sweep (default: %(default)s)"
+    one.add_argument("--examples", metavar="N", type=_whole(1), default=25, help=text)
+    one.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of all draws (default: %(default)s)")
+    text = "a function to check instead of ours; the current directory is importable"
+    one.add_argument("--op", metavar="MODULE:FUNCTION", type=_reference, help=text)
+    one.add_argument("--kind", choices=OPS, help="what --op computes")
+    add_json(one)
+
+    one = add(
+        "benchmark",
+        _benchmark,
+        "measure our operators beside torch's and other people's",
+        BENCHMARK,
+        "  coordroute benchmark\n  coordroute benchmark --device cuda:0 --peers --json benchmark.json\n",
+    )
+    add_device(one)
+    text = "also measure other packages where they are installed (colt5-attention, entmax)"
+    one.add_argument("--peers", action="store_true", help=text)
+    add_json(one)
+
+    one = add(
+        "report",
+        _report,
+        "render the JSON files of the three above",
+        REPORT,
+        "  coordroute report\n  coordroute report --input reports/nvidia-h100-80gb-hbm3 --output site\n",
+    )
+    text = "folder with autotune.json, verify.json or benchmark.json (default: %(default)s)"
+    one.add_argument("--input", metavar="DIR", default="report", help=text)
+    one.add_argument("--output", metavar="DIR", default="report", help="folder to write to (default: %(default)s)")
+
+    one = add(
+        "configs",
+        _configs,
+        "which configuration serves a call, and why",
+        CONFIGS,
+        "  coordroute configs\n"
+        "  coordroute configs --explain 1024x8192\n"
+        "  coordroute configs --device cpu --explain 8x1024 --dtype bfloat16 --op soft_topk --json\n",
+    )
+    add_device(one)
+    one.add_argument("--explain", metavar="ROWSxN", type=_shape, help="explain a call on scores of this shape, such as 1024x8192")
+    one.add_argument("--dtype", choices=DTYPES, help="of that call's scores (default: float32)")
+    one.add_argument("--op", choices=OPS, help="explain this operator only (default: both)")
+    add_json(one)
+
+    one = add(
+        "env",
+        _env,
+        "versions, devices, paths and environment variables",
+        ENV,
+        "  coordroute env\n  coordroute env --json\n",
+    )
+    add_json(one)
+    return parser
+
+
+# --- checks before the work ------------------------------------------------------------------------------------------
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or _one_line(error)
+
+
+def _check_folder(argument: str, given: str, folder: Path) -> None:
+    """Makes a folder if need be and tries to write there, so that long work does not end in a file that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError as error:
+        raise Problem(f"{argument} is {given!r}, but {str(folder)!r} is a file; a folder is needed there") from error
+    except (OSError, ValueError) as error:
+        reason = _reason(error) if isinstance(error, OSError) else _one_line(error)
+        raise Problem(f"{argument} is {given!r}, but {str(folder)!r} cannot be written to ({reason})") from error
+
+
+def _check_file(argument: str, given: str) -> Path:
+    """A path to write to.
+
+    Raises:
+        Problem: it is empty, a folder, or cannot be written.
+    """
+    if not given.strip():
+        raise Problem(f"{argument} is {given!r}; allowed is the path of a file")
+    path = Path(given).expanduser()
+    _check_folder(argument, given, path.parent)
+    if path.is_dir():
+        raise Problem(f"{argument} is {given!r}, which is a folder; allowed is the path of a file")
+    return path
+
+
+def _check_json(arguments: argparse.Namespace) -> None:
+    if arguments.json not in (None, STDOUT):
+        _check_file("--json", arguments.json)
+
+
+def _check_environment() -> None:
+    from .autotune import store
+
+    try:
+        store.check_environment()
+    except ValueError as error:
+        raise Problem(f"environment variable {error}") from error
+
+
+def _device(given: str | None) -> torch.device:
+    from .autotune import device as devices
+
+    try:
+        return devices.as_device(given)
+    except ValueError as error:
+        raise Problem(f"--{error}") from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _finite(data: Any) -> Any:
+    """``data`` with null for numbers that JSON does not have."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, (list, tuple)) else data
+
+
+def _finish(arguments: argparse.Namespace, data: dict[str, Any], show: Callable[[], Iterable[str]]) -> None:
+    """Writes the JSON that was asked for and shows the rest."""
+    if arguments.json == STDOUT:
+        _emit(json.dumps(_finite(data), indent=1, allow_nan=False))
+        return
+    problem = None
+    if arguments.json is not None:
+        from .autotune import store
+
+        text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            store.write_atomically(Path(arguments.json).expanduser(), text)
+        except OSError as error:
+            problem = Problem(f"--json is {arguments.json!r}, which could not be written ({_reason(error)})")
+    for block in show():
+        _emit(block)
+    if problem is not None:
+        raise problem
+    if arguments.json is not None:
+        _emit(f"JSON: {arguments.json}")
+
+
+@contextlib.contextmanager
+def _no_stdout() -> Iterator[None]:
+    """Sends to stderr what anybody writes to stdout, be it compiled code or a process that is started."""
+    kept, one = None, -1
+    if (sys.stdout, sys.stderr) == (sys.__stdout__, sys.__stderr__):  # else there is no file to speak of
+        with contextlib.suppress(OSError, ValueError):
+            one = sys.stdout.fileno()
+            kept = os.dup(one)
+            os.dup2(sys.stderr.fileno(), one)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, one)
+            os.close(kept)
+
+
+@contextlib.contextmanager
+def _working(arguments: argparse.Namespace) -> Iterator[_Progress]:
+    """The time of long work: progress is shown, and with ``--json -`` nothing but JSON gets to stdout."""
+    with contextlib.ExitStack() as stack:
+        if arguments.json == STDOUT:
+            stack.enter_context(_no_stdout())
+        yield stack.enter_context(_Progress(f"coordroute {arguments.command}"))
+
+
+# --- autotune --------------------------------------------------------------------------------------------------------
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    """A launch configuration for a person: what is 0 or null has no meaning for its variant."""
+    short = {"rows_per_program": "rows", "num_warps": "warps", "num_stages": "stages", "checkpoint_segments": "segments"}
+    parts = [f"{short.get(name, name)}={value}" for name, value in config.items() if name != "variant" and value]
+    return " ".join([str(config["variant"]), *parts])
+
+
+def _us(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 10000 else f"{value:.0f}"
+
+
+def _key_text(key: Mapping[str, Any]) -> str:
+    return f"{key['op']} {key['direction']} {key['dtype']} {key['rows']}x{key['n']}"
+
+
+def _autotune(arguments: argparse.Namespace) -> int:
+    if arguments.json != STDOUT:
+        _need_rich()
+    _check_json(arguments)
+    if arguments.output is not None:
+        _check_file("--output", arguments.output)
+    _check_environment()
+    from .autotune import search, store, worker
+
+    device = _device(arguments.device)
+    path = store.output_path(device) if arguments.output is None else Path(arguments.output).expanduser()
+    if arguments.output is None:
+        try:
+            _check_file("the configuration file", str(path))
+        except Problem as problem:
+            raise Problem(f"{problem}; --output or COORDROUTE_CONFIG_DIR names another place") from problem
+    if arguments.json not in (None, STDOUT) and Path(arguments.json).expanduser().resolve() == path.resolve():
+        raise Problem(f"--json is {arguments.json!r}, which is the configuration file itself; allowed is another file")
+    try:
+        with _working(arguments) as progress:
+            evidence = search.run(device, arguments.effort, path, arguments.fresh, progress)
+    except KeyboardInterrupt:
+        _tell("coordroute autotune", _kept(arguments, path, search.state_path(path)))
+        return INTERRUPTED
+    except worker.WorkerError as error:
+        raise Problem(_one_line(error), CHECK_FAILED) from error
+    except OSError as error:
+        # a full disk, a file of someone else's, a lock that another run holds: no bug of ours
+        if isinstance(error, TimeoutError):
+            raise Problem(f"{error}; is another `coordroute autotune` at work?") from error
+        ours = error.filename is not None and Path(os.fsdecode(error.filename)).parent == path.parent
+        if not ours and error.errno != errno.ENOSPC:
+            raise
+        raise Problem(f"{str(path)!r} cannot be written ({_reason(error)}); --output names another place") from error
+    _finish(arguments, evidence, lambda: _show_autotune(evidence, device, path))
+    return OK if evidence["keys"] and all(key["config"] for key in evidence["keys"]) else CHECK_FAILED
+
+
+def _kept(arguments: argparse.Namespace, path: Path, state: Path) -> str:
+    """What an interrupted search left behind, and the command that goes on from there."""
+    try:
+        data = json.loads(state.read_text(encoding="utf-8"))
+        keys = sum(len(group["keys"]) for group in data["groups"].values())
+        tuned = f"{_count(keys, 'tuned key')} (in {path}) and " if keys else ""
+        kept = f"kept {tuned}{_count(len(data['outcomes']), 'verified candidate')} (in {state})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kept = "nothing was measured yet"
+    words = ["coordroute", "autotune"]
+    if arguments.device is not None:
+        words += ["--device", arguments.device]
+    if arguments.effort != "quick":
+        words += ["--effort", arguments.effort]
+    if arguments.output is not None:
+        words += ["--output", arguments.output]
+    if arguments.json is not None:
+        words += ["--json", arguments.json]
+    again = "run it again without --fresh" if arguments.fresh else "the same command goes on from there"
+    return f"interrupted; {kept}; {again}: {shlex.join(words)}"
+
+
+def _show_autotune(evidence: dict[str, Any], device: torch.device, path: Path) -> Iterator[str]:
+    from .autotune import store
+
+    keys = evidence["keys"]
+    columns = [
+        ("direction", "left"),
+        ("dtype", "left"),
+        ("rows x n", "right"),
+        ("default us", "right"),
+        ("tuned us", "right"),
+        ("gain", "right"),
+        ("configuration", "fold"),
+    ]
+    yield f"{evidence['device']['name']}, effort {evidence['effort']}, {_duration(evidence['seconds'])}"
+    for op in OPS:
+        rows: list[list[Cell]] = []
+        for key in keys:
+            one, timing = key["key"], key["timing"]
+            if one["op"] != op:
+                continue
+            row: list[Cell] = [one["direction"], one["dtype"], f"{one['rows']}x{one['n']}"]
+            if timing is None:
+                row += ["-", "-", "-", ("none: the default failed, see below", "red")]
+            else:
+                gain = key["gain"]
+                faster = f"{gain:.2f}x"
+                row += [
+                    _us(timing["default_us"]),
+                    _us(timing["median_us"]),
+                    (faster, "green") if gain > 1 else faster,
+                    _config_text(key["config"]),
+                ]
+            rows.append(row)
+        if rows:
+            yield _table(f"\n{op}", columns, rows)
+    mean = evidence["geometric_mean_gain"]
+    if mean is not None:
+        stays = sum(1 for key in keys if key["gain"] == 1.0)
+        yield f"\nGain over the default: {mean:.2f}x in the geometric mean of {len(keys)} keys; the default stays for {stays}."
+    if evidence["resumed"]:
+        yield f"Of these keys {evidence['resumed']} are from the interrupted run before."
+    yield from _show_dropped(evidence)
+    tuned = sum(1 for key in keys if key["config"])
+    if not tuned:
+        yield f"Nothing was tuned, and {path} was not written."
+        return
+    yield f"Wrote {_count(tuned, 'entry', 'entries')}: {path}"
+    if not store.tuned_allowed():
+        yield "It is not used while COORDROUTE_TUNED=0."
+    elif all(verdict.path.resolve() != path.resolve() for verdict in store.files(device)):
+        wanted = store.output_path(device)
+        yield f"Lookups do not search there. Move it to {wanted}, or name it {wanted.name} in a folder of COORDROUTE_CONFIG_DIR."
+    first = next(key["key"] for key in keys if key["config"])
+    yield (
+        f"What serves a call: coordroute configs --device {device} --explain {first['rows']}x{first['n']} --dtype {first['dtype']}"
+    )
+
+
+def _show_dropped(evidence: dict[str, Any]) -> Iterator[str]:
+    """What was dropped: how often, and an example with its reason."""
+    if not evidence["dropped"]:
+        yield "No candidate was dropped."
+        return
+    yield "Dropped:"
+    for status, count in sorted(evidence["dropped"].items()):
+        example = next(
+            (
+                f"; e.g. {_key_text(key['key'])}, {_config_text(one['config'])}: {one['reason'] or 'no reason given'}"
+                for key in evidence["keys"]
+                for one in key["candidates"]
+                if one["status"] == status
+            ),
+            "",
+        )
+        what = f"{count} {status}" if status.startswith("keys ") else f"{count} x {status}"
+        yield f"  {what}{_one_line(example)}"
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def _imported(reference: str) -> Callable[..., Any]:
+    """The function of ``MODULE:FUNCTION``. Whatever a stranger's module raises is a message."""
+    module_name, _, attribute = reference.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        inner = frames[-1].filename
+        where = "" if "importlib" in inner else f" ({inner}, line {frames[-1].lineno})"
+        cause = f"{type(error).__name__}: {_one_line(error)}".removesuffix(": ")
+        raise Problem(f"--op is {reference!r}, but module {module_name!r} does not import: {cause}{where}") from error
+    try:
+        found = getattr(module, attribute)
+    except AttributeError as error:
+        raise Problem(f"--op is {reference!r}, but module {module_name!r} has no {attribute!r}") from error
+    if not callable(found):
+        raise Problem(f"--op is {reference!r}, which is a {type(found).__name__}; a function is needed")
+    return found
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if (arguments.op is None) != (arguments.kind is None):
+        given, missing = ("--op", "--kind") if arguments.kind is None else ("--kind", "--op")
+        wanted = f"one of {', '.join(OPS)}" if missing == "--kind" else "MODULE:FUNCTION"
+        raise Problem(f"{given} is given without {missing}; allowed is both or neither ({missing} is {wanted})")
+    if arguments.json != STDOUT:
+        _need_rich()
+    _check_json(arguments)
+    _check_environment()
+    from .autotune import device as devices
+    from .reference import verify
+
+    device = _device(arguments.device)
+    with _working(arguments) as progress:
+        if arguments.op is None:
+            from .router import coordinate_descent, soft_topk
+
+            targets: dict[str, Callable[..., Any]] = {"soft_topk": soft_topk, "coordinate_descent": coordinate_descent}
+            where = {op: f"coordroute:{op}" for op in OPS}
+        else:
+            targets = {arguments.kind: _imported(arguments.op)}
+            where = {arguments.kind: arguments.op}
+        found = verify.run(targets, device=device, examples=arguments.examples, seed=arguments.seed, progress=progress, where=where)
+    evidence = {
+        "schema": 1,
+        "command": "verify",
+        "device": devices.describe(device),
+        "versions": devices.versions(),
+        "date": _now(),
+        "target": arguments.op or "coordroute",
+        **found,
+    }
+    _finish(arguments, evidence, lambda: _show_verify(evidence))
+    return OK if evidence["ok"] else CHECK_FAILED
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _show_verify(evidence: dict[str, Any]) -> Iterator[str]:
+    columns = [
+        ("property", "left"),
+        ("dtype", "left"),
+        ("cases", "right"),
+        ("left out", "right"),
+        ("worst error / bound", "right"),
+        ("worst family", "fold"),
+        ("verdict", "left"),
+    ]
+    yield f"{evidence['target']} on {evidence['device']['name']}, seed {evidence['seed']}, {evidence['examples']} examples"
+    styles = {"pass": "green", "fail": "bold red"}
+    rows = evidence["properties"]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        shown: list[list[Cell]] = []
+        for row in rows:
+            if row["op"] == op:
+                # JSON has no infinity: an error that fails and is no number is not finite
+                error = "inf" if row["worst_error"] is None and row["verdict"] == "fail" else _figure(row["worst_error"])
+                figures = f"{error} / {_figure(row['bound'])}"
+                said: Cell = (row["verdict"], styles.get(row["verdict"], "yellow"))
+                counts = [str(row["cases"]), str(row["left_out"])]
+                shown.append([row["property"], row["dtype"], *counts, figures, row["worst_family"] or "-", said])
+        yield _table(f"\n{op}", columns, shown)
+    told = {(failure["op"], failure["property"], failure["dtype"]) for failure in evidence["failures"]}
+    reasons: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in rows:
+        if row["verdict"] != "pass" and (row["op"], row["property"], row["dtype"]) not in told:
+            what = (row["verdict"], row["op"], row["property"], _one_line(row["reason"] or "no reason given"))
+            reasons.setdefault(what, []).append(row["dtype"])
+    if reasons:
+        yield ""
+    for (verdict, op, name, reason), dtypes in reasons.items():
+        yield f"{verdict}: {op}, {name} ({', '.join(dtypes)}): {reason}"
+    for failure in evidence["failures"]:
+        yield f"\nFAILED: {failure['message']}"
+        if failure["reproducer"]:
+            yield f"This code reproduces it:\n\n{failure['reproducer']}"
+    verdicts = Counter(row["verdict"] for row in rows)
+    summary = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("pass", "fail", "not run") if verdicts[verdict])
+    whole = "All hold" if evidence["ok"] else "Not all hold"
+    yield f"\n{whole}: {summary or 'nothing was checked'} ({_duration(evidence['seconds'])})"
+
+
+# --- benchmark -------------------------------------------------------------------------------------------------------
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    if arguments.json != STDOUT:
+        _need_rich()
+    _check_json(arguments)
+    _check_environment()
+    from .autotune import benchmark
+
+    device = _device(arguments.device)
+    with _working(arguments) as progress:
+        evidence = benchmark.run(device, arguments.peers, progress)
+    _finish(arguments, evidence, lambda: _show_benchmark(evidence))
+    return OK
+
+
+def _show_benchmark(evidence: dict[str, Any]) -> Iterator[str]:
+    columns = [("operator", "left"), ("implementation", "fold")]
+    for direction in ("forward", "backward"):
+        columns += [(f"{direction} us", "right"), ("x softmax", "right")]
+    yield f"{evidence['device']['name']}, {_duration(evidence['seconds'])}. {evidence['method']}."
+    tables: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for row in evidence["results"]:
+        tables.setdefault((row["rows"], row["n"], row["dtype"]), []).append(row)
+    for (rows, n, dtype), found in tables.items():
+        cells = {(row["op"], row["implementation"], row["direction"]): row for row in found}
+        if all(row["median_us"] is None for row in found):
+            continue
+        shown: list[list[Cell]] = []
+        for op, name in dict.fromkeys((row["op"], row["implementation"]) for row in found):
+            line: list[Cell] = [op, name]
+            for direction in ("forward", "backward"):
+                row = cells.get((op, name, direction))
+                softmax = cells.get(("softmax", "torch.softmax", direction), {}).get("median_us")
+                if row is None:
+                    line += ["", ""]
+                elif row["median_us"] is None:
+                    line += [("skipped", "yellow"), ""]
+                else:
+                    line += [_us(row["median_us"]), f"{row['median_us'] / softmax:.2f}" if softmax else "-"]
+            shown.append(line)
+        yield _table(f"\n{rows}x{n} {dtype}", columns, shown)
+    yield from _show_skipped([row for row in evidence["results"] if row["median_us"] is None])
+
+
+def _show_skipped(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What was not measured: one line for each reason."""
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        reasons.setdefault(_one_line(row["status"].removeprefix("skipped: ")), []).append(row)
+    if reasons:
+        yield "\nSkipped:"
+    for reason, found in reasons.items():
+        names = list(dict.fromkeys(f"{row['op']} by {row['implementation']}" for row in found))
+        who = names[0] if len(names) == 1 else f"{len(names)} implementations"
+        first = found[0]
+        place = f"{first['rows']}x{first['n']} {first['dtype']} {first['direction']}"
+        yield f"  {who}: {reason} ({place if len(found) == 1 else f'{len(found)} times, first {place}'})"
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    folder, output = Path(arguments.input).expanduser(), Path(arguments.output).expanduser()
+    from .reports import evidence, render
+
+    try:
+        evidence.load(folder)
+    except ValueError as error:
+        raise Problem(f"--input is {arguments.input!r}: {_one_line(error)}") from error
+    _check_folder("--output", arguments.output, output)
+    written = render.render(folder, output)
+    for path in written:
+        _emit(str(path))
+    return OK
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def _configs(arguments: argparse.Namespace) -> int:
+    if arguments.explain is None:
+        for name in ("dtype", "op"):
+            if getattr(arguments, name) is not None:
+                raise Problem(f"--{name} is given without --explain; it says which call to explain: --explain ROWSxN")
+    _check_json(arguments)
+    _check_environment()
+    from .autotune import device as devices
+    from .autotune import store
+
+    device = _device(arguments.device)
+    verdicts = store.files(device)
+    found = {verdict.path: store.read(verdict.path) for verdict in verdicts if verdict.entries}
+    explained: list[Explanation] = []
+    if arguments.explain is not None:
+        dtype = arguments.dtype or "float32"
+        for op in [arguments.op] if arguments.op else OPS:
+            explained += [store.explain(device, op, direction, dtype, *arguments.explain) for direction in ("forward", "backward")]
+    data: dict[str, Any] = {
+        "schema": 1,
+        "command": "configs",
+        "device": devices.describe(device),
+        "versions": devices.versions(),
+        "date": _now(),
+        "tuned_allowed": store.tuned_allowed(),
+        "autotune_writes": str(store.output_path(device)),
+        "files": [
+            asdict(verdict)
+            | {"path": str(verdict.path)}
+            | {"used_entries": list(found[verdict.path].entries.values()) if verdict.path in found else []}
+            for verdict in verdicts
+        ],
+        "explained": [one.to_json() for one in explained],
+    }
+
+    def show() -> Iterator[str]:
+        if explained:
+            for position, one in enumerate(explained):
+                yield from [""] if position else []
+                yield from _show_explanation(one)
+            return
+        yield f"{data['device']['name']} ({device})"
+        yield from _show_verdicts(verdicts)
+        for path, file in found.items():
+            yield f"\nEntries of {path}:"
+            rows = [("operator", "direction", "dtype", "rows x n", "median us", "gain", "configuration")]
+            for key, entry in sorted(file.entries.items()):
+                timing = entry["timing"]
+                gain = f"{timing['default_us'] / timing['median_us']:.2f}x" if timing["median_us"] else "-"
+                shape, config = f"{key.rows}x{key.n}", _config_text(entry["config"])
+                rows.append((key.op, key.direction, key.dtype, shape, _us(timing["median_us"]), gain, config))
+            yield "\n".join(_columns(rows))
+        yield f"\nWhich entry serves a call, and why: coordroute configs --device {device} --explain 1024x8192 --dtype float32"
+
+    _finish(arguments, data, show)
+    return OK
+
+
+def _show_verdicts(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    if not verdicts:
+        yield "COORDROUTE_TUNED=0: no file is read and the heuristic serves everywhere."
+        return
+    yield "Files in the order of the search; an entry of an earlier one wins, and where none fits the heuristic serves:"
+    for position, verdict in enumerate(verdicts, 1):
+        yield f"  {position}. {verdict.source}: {verdict.path}"
+        entries = f" ({_count(verdict.entries, 'entry', 'entries')})" if verdict.entries else ""
+        reason = f": {_one_line(verdict.reason)}" if verdict.reason and not verdict.rejected else ""
+        yield f"     {verdict.verdict}{entries}{reason}"
+        for why, count in verdict.rejected.items():
+            yield f"     {count} not used: {_one_line(why)}"
+    if not any(verdict.entries for verdict in verdicts):
+        yield "No file serves this device; `coordroute autotune` makes one."
+
+
+def _show_explanation(one: Explanation) -> Iterator[str]:
+    key = one.key
+    yield f"{key.op} {key.direction} on {one.rows}x{one.n} {key.dtype} (bucket {key.rows}x{key.n}), {one.device}"
+    rows = [("served by", f"{one.source}{f': {one.path}' if one.path else ''}"), ("why", _one_line(one.why))]
+    rows.append(("config", _config_text(one.config.to_json())))
+    if one.entry is not None:
+        timing, proof = one.entry["timing"], one.entry["proof"]
+        low, high = (_us(value) for value in timing["ci_us"])
+        gain = f", {timing['default_us'] / timing['median_us']:.2f}x" if timing["median_us"] else ""
+        rows.append(
+            ("timing", f"{_us(timing['median_us'])} us ({low} to {high}), the default {_us(timing['default_us'])} us{gain}")
+        )
+        bound = proof["bound"]
+        errors = ", ".join(
+            f"{name} {_figure(error)} of {_figure(bound[name] if isinstance(bound, dict) else bound)}"
+            for name, error in proof["max_error"].items()
+            if error is not None
+        )
+        rows.append(("proof", f"{proof['cases']} rows of {len(proof['families'])} families, replays bitwise, seed {proof['seed']}"))
+        rows.append(("worst error", f"{errors or '-'} allowed"))
+        rows.append(("heuristic", _config_text(one.heuristic.to_json())))
+    yield "\n".join(_columns(rows))
+
+
+# --- env -------------------------------------------------------------------------------------------------------------
+
+
+OTHER_VARIABLES = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+"""Not ours, but they explain many a surprise."""
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    _check_json(arguments)
+    import torch
+
+    from .autotune import device as devices
+    from .autotune import store
+
+    default = devices.default_device()
+    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
+    problem, verdicts, output = None, [], None
+    try:
+        store.check_environment()
+        verdicts, output = store.files(default), store.output_path(default)
+    except ValueError as error:
+        # a bug report must show what is wrong; so all the rest is shown all the same
+        problem = Problem(f"environment variable {error}")
+    unknown = sorted(name for name in os.environ if name.startswith("COORDROUTE_") and name not in store.ENVIRONMENT)
+    data: dict[str, Any] = {
+        "schema": 1,
+        "command": "env",
+        "date": _now(),
+        "versions": devices.versions() | {name: _installed(name) for name in ("numpy", "einops", *EXTRA_MODULES)},
+        "package": str(Path(__file__).resolve().parent),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "default_device": str(default),
+        "devices": {name: devices.describe(name) for name in here},
+        "autotune_writes": str(output) if output else None,
+        "files": [asdict(verdict) | {"path": str(verdict.path)} for verdict in verdicts],
+        "environment": [asdict(one) | {"value": os.environ.get(one.name)} for one in store.ENVIRONMENT.values()],
+        "unknown_variables": unknown,
+        "other_variables": {name: os.environ[name] for name in OTHER_VARIABLES if name in os.environ},
+        "problem": str(problem) if problem else None,
+    }
+    _finish(arguments, data, lambda: _show_env(data, verdicts))
+    for name in unknown:
+        allowed = ", ".join(store.ENVIRONMENT)
+        _tell("coordroute env", f"warning: environment variable {name} is none of coordroute's; those are {allowed}")
+    if problem is not None:
+        raise problem
+    return OK
+
+
+def _show_env(data: dict[str, Any], verdicts: Sequence[Verdict]) -> Iterator[str]:
+    versions = [(name, version or "not installed") for name, version in data["versions"].items() if name != "cuda"]
+    versions.insert(3, ("cuda", data["versions"]["cuda"] or "torch is built without it"))
+    places = [(name, data[name]) for name in ("package", "executable", "platform")]
+    yield "\n".join(["Versions", *_columns([*versions, *places])])
+    for name, device in data["devices"].items():
+        default = " (default)" if name == data["default_device"] else ""
+        facts = [
+            ("name", device["name"]),
+            ("cores" if name == "cpu" else "multiprocessors", str(device["sm_count"])),
+            ("capability", device["capability"]),
+            ("memory", f"{device['memory_bytes'] / 2**30:.1f} GiB"),
+            ("system" if name == "cpu" else "driver", device["driver"]),
+        ]
+        yield "\n".join([f"\nDevice {name}{default}", *_columns(facts)])
+    if data["problem"] is None:
+        yield f"\nConfigurations of {data['default_device']}"
+        yield from _show_verdicts(verdicts)
+        yield f"`coordroute autotune` writes {data['autotune_writes']}"
+    yield "\nEnvironment variables"
+    for one in data["environment"]:
+        value = "is not set" if one["value"] is None else f"= {one['value']!r}"
+        facts = [("meaning", one["meaning"]), ("allowed", one["allowed"]), ("default", one["default"])]
+        yield "\n".join([f"  {one['name']} {value}", *_columns(facts, indent=4)])
+    for name, value in data["other_variables"].items():
+        yield f"  {name} = {value!r} (not coordroute's)"
+
+
+# --- main ------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 0 fine, 1 a check failed, 2 bad usage, 130 interrupted.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: after ``--help`` and ``--version``.
+    """
+    prog = "coordroute"
+    try:
+        parser = _parser()
+        arguments, unknown = parser.parse_known_args(argv)
+        if arguments.command is not None:
+            prog = f"coordroute {arguments.command}"
+        if unknown:
+            raise Problem(f"unknown argument {shlex.join(unknown)} (see {prog} --help)")
+        if arguments.command is None:
+            parser.print_help()
+            return OK
+        with _readable_warnings(prog):
+            run: Callable[[argparse.Namespace], int] = arguments.run
+            return run(arguments)
+    except Problem as problem:
+        _tell(problem.prog or prog, f"error: {problem}")
+        return problem.status
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA_MODULES:
+            raise
+        _tell(prog, f"error: it needs the package {error.name}, which is not installed: {EXTRA}")
+        return BAD_USAGE
+    except KeyboardInterrupt:
+        _tell(prog, "interrupted; no result was written")
+        return INTERRUPTED
