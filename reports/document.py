@@ -1,0 +1,678 @@
+"""The report as a list of blocks, from which page.py makes HTML and markdown.py Markdown: both have the same content."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import evidence as evidence_module
+from . import plots, text
+from .evidence import COMMANDS, SOFTMAX, VERDICTS, Evidence, Json, KeyGroup, Panel, Point, Series, Shape
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        main: what it says.
+        sub: more lines, smaller.
+        marks: letters of the table's notes.
+        bar: a share of a budget, drawn as a bar below ``main``; above 1 the budget is exceeded.
+        tone: "", "pass", "fail", "muted" or "strong".
+        tip: more for those who point at it; never the only place where something is said.
+    """
+
+    main: str
+    sub: str = ""
+    marks: tuple[str, ...] = ()
+    bar: float | None = None
+    tone: str = ""
+    tip: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its head, whether it holds numbers, and whether it is ours."""
+
+    head: str
+    number: bool = True
+    ours: bool = False
+
+
+@dataclass
+class Table:
+    """A table; the first cell of a row names it.
+
+    Attributes:
+        notes: (letter, text); a note without a letter is of the whole table.
+        folded: the page shows it when it is asked for.
+        kind: "" (figures), "even" (all columns but the first of one width) or "prose" (sentences, which are wrapped).
+    """
+
+    title: str
+    columns: list[Column]
+    rows: list[list[Cell]]
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    folded: bool = False
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Heading:
+    words: str
+    level: int = 2
+    anchor: str = ""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A paragraph. ``tone`` is "", "pass", "fail" or "missing"; ``code`` is a command that follows it."""
+
+    words: str
+    tone: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot.
+
+    Attributes:
+        title: what it shows.
+        svg: the <svg> element.
+        caption: what there is to say of it; may be empty.
+        file: the name of its file without .svg; None for one that only the page has.
+        on_page: whether the page has it; Markdown has those with a file.
+    """
+
+    title: str
+    svg: str
+    caption: str
+    file: str | None
+    on_page: bool = True
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Plots that stand side by side where there is room."""
+
+    plots: list[Plot]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at a glance."""
+
+    name: str
+    value: str
+    more: str
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    tiles: list[Tile]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A property that does not hold: where, what was found, and code that shows it."""
+
+    title: str
+    message: str
+    code: str
+
+
+Block = Heading | Words | Plots | Tiles | Table | Failure
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole report."""
+
+    title: str
+    subtitle: str
+    verdict: Words
+    blocks: list[Block]
+
+    def files(self) -> dict[str, str]:
+        """Name without .svg -> <svg> element, for the plots that are files."""
+        shown = [plot for block in self.blocks if isinstance(block, Plots) for plot in block.plots]
+        return {plot.file: plot.svg for plot in shown if plot.file is not None}
+
+
+class _Notes:
+    """Footnotes of a table: the same text has the same letter."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+
+    def mark(self, words: str) -> tuple[str, ...]:
+        return (self.found.setdefault(words, text.letters(len(self.found))),)
+
+    def listed(self) -> list[tuple[str, str]]:
+        return [(letter, words) for words, letter in self.found.items()]
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unnamed"
+
+
+class _Names:
+    """File names from what a file says: harmless, and each only once."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+
+    def __call__(self, *parts: str) -> str:
+        stem = name = "-".join(_slug(part) for part in parts)[:80]
+        number = 2
+        while name in self.taken:
+            name, number = f"{stem}-{number}", number + 1
+        self.taken.add(name)
+        return name
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def build(evidence: Evidence) -> Document:
+    """The report of some evidence."""
+    names = _Names()
+    panels = evidence_module.panels(evidence.benchmark) if evidence.benchmark else []
+    blocks: list[Block] = [Tiles(_tiles(evidence, panels)), *_files(evidence)]
+    blocks += _benchmark(evidence.benchmark, panels, names)
+    blocks += _autotune(evidence.autotune, names)
+    blocks += _verify(evidence.verify)
+    blocks += _method(evidence)
+    device = evidence.device
+    kind = "CPU" if _is_cpu(evidence) else "GPU"
+    units = "logical cores" if kind == "CPU" else "multiprocessors"
+    capability = device["capability"] if kind == "CPU" else f"capability {device['capability']}"
+    facts = [f"{device['sm_count']} {units}", capability, text.memory(device["memory_bytes"])]
+    return Document(device["name"], " · ".join(facts), _verdict(evidence, panels), blocks)
+
+
+def _is_cpu(evidence: Evidence) -> bool:
+    """A GPU's capability has the form 9.0 or gfx942; a CPU's is a machine name."""
+    return not re.fullmatch(r"\d+\.\d+|gfx\w+", evidence.device["capability"])
+
+
+def _counts(verify: Json) -> Counter[str]:
+    return Counter(row["verdict"] for row in verify["properties"])
+
+
+def _verdict(evidence: Evidence, panels: list[Panel]) -> Words:
+    """One sentence: did everything hold, what was tuned, how fast it is."""
+    parts = []
+    tone = "missing"
+    if evidence.verify is None:
+        parts.append("Whether the kernels are right was not checked here")
+    else:
+        counts = _counts(evidence.verify)
+        ran, target = counts["pass"] + counts["fail"], evidence.verify["target"]
+        whose = "" if target == "coordroute" else f" of {target}"
+        if not evidence_module.holds(evidence.verify):
+            tone = "fail"
+            failed = f"{counts['fail']} of {text.several(ran, 'property check')}{whose} failed"
+            parts.append(failed if counts["fail"] else f"Verification{whose} did not succeed, by the word of its file")
+        elif not ran:
+            parts.append(f"No property{whose} was checked")
+        else:
+            tone = "pass"
+            checks = f"All {ran} property checks" if ran != 1 else "The one property check"
+            parts.append(f"{checks}{whose} held" + (f" ({counts['not run']} more were not run)" if counts["not run"] else ""))
+    if evidence.autotune is None:
+        parts.append("nothing is said of tuning")
+    else:
+        keys = evidence.autotune["keys"]
+        tuned, gain = sum(map(evidence_module.is_tuned, keys)), evidence.autotune["geometric_mean_gain"]
+        said = f"{text.several(tuned, 'key')} {'is' if tuned == 1 else 'are'} tuned"
+        if gain is not None and tuned:
+            said += f", {text.times(gain)} as fast as by default in the geometric mean"
+        parts.append(said)
+    found = [(panel, panel.ratios(Series("soft_topk", "coordroute"))) for panel in panels]
+    panel, ratios = next(((p, r) for p, r in found if r), (None, []))
+    if evidence.benchmark is None:
+        parts.append("nothing is said of speed")
+    elif panel is None:
+        parts.append("soft_topk was not measured beside torch.softmax")
+    else:
+        parts.append(f"soft_topk {panel.direction} in {panel.dtype} takes {text.span(ratios)} the time of torch.softmax")
+    return Words("; ".join(parts) + ".", tone)
+
+
+def _tiles(evidence: Evidence, panels: list[Panel]) -> list[Tile]:
+    tiles = []
+    if evidence.verify is None:
+        tiles.append(Tile("verified", text.NOTHING, "verify.json is missing", "missing"))
+    else:
+        counts, rows = _counts(evidence.verify), evidence.verify["properties"]
+        ran, cases = counts["pass"] + counts["fail"], sum(row["cases"] for row in rows)
+        left_out = sum(row["left_out"] for row in rows)
+        more = f"property checks held; {text.count(cases)} rows checked, {text.count(left_out)} left out"
+        tone = ("pass" if ran else "missing") if evidence_module.holds(evidence.verify) else "fail"
+        tiles.append(Tile("verified", f"{counts['pass']} of {ran}", more, tone))
+    if evidence.autotune is None:
+        tiles.append(Tile("tuned", text.NOTHING, "autotune.json is missing", "missing"))
+    else:
+        keys = evidence.autotune["keys"]
+        tuned, gain = sum(map(evidence_module.is_tuned, keys)), evidence.autotune["geometric_mean_gain"]
+        faster = sum(evidence_module.is_tuned(key) and not evidence_module.kept_default(key) for key in keys)
+        more = f"geometric mean gain over the default; {faster} of {text.several(tuned, 'tuned key')} changed"
+        tiles.append(Tile("tuned", text.times(gain), more, "" if tuned else "missing"))
+    if evidence.benchmark is None:
+        tiles.append(Tile("time", text.NOTHING, "benchmark.json is missing", "missing"))
+    for op in ("soft_topk", "coordinate_descent"):
+        seen = set()
+        for panel in panels:
+            ratios = panel.ratios(Series(op, "coordroute"))
+            if not ratios or panel.direction in seen:  # the first dtype stands for the others
+                continue
+            seen.add(panel.direction)
+            more = f"the time of torch.softmax, {panel.dtype}, {text.several(len(ratios), 'shape')}"
+            tiles.append(Tile(f"{op} {panel.direction}", text.span(ratios), more))
+    return tiles
+
+
+def _missing(command: str, what: str) -> Words:
+    return Words(f"{command}.json was not among the evidence: {what}. This makes it:", "missing", COMMANDS[command])
+
+
+def _files(evidence: Evidence) -> list[Block]:
+    files = evidence.files()
+    versions = list(dict.fromkeys(name for data in files.values() for name in data["versions"]))
+    columns = [Column("evidence", False), Column("date", False), Column("took"), *(Column(name, False) for name in versions)]
+    columns.append(Column("driver", False))
+    rows = []
+    for command in COMMANDS:
+        if command not in files:
+            rows.append(
+                [Cell(f"{command}.json"), Cell("missing", tone="muted"), *[Cell(text.NOTHING, tone="muted")] * (len(versions) + 2)]
+            )
+            continue
+        data = files[command]
+        said = [Cell(data["versions"].get(name) or "none") for name in versions]
+        date = data["date"].replace("T", " ").replace("+00:00", " UTC")
+        rows.append(
+            [Cell(f"{command}.json"), Cell(date), Cell(text.duration(data["seconds"])), *said, Cell(data["device"]["driver"])]
+        )
+    notes = []
+    made_with = {tuple(sorted(data["versions"].items(), key=str)) for data in files.values()}
+    if len(made_with) > 1:
+        notes.append(("", "The files were made with different versions: their figures are not of one and the same code."))
+    return [Table("", columns, rows, notes)]
+
+
+# --- benchmark -------------------------------------------------------------------------------------------------------
+
+
+def _benchmark(benchmark: Json | None, panels: list[Panel], names: _Names) -> list[Block]:
+    blocks: list[Block] = [Heading("Speed", anchor="speed")]
+    if benchmark is None:
+        return [*blocks, _missing("benchmark", "no time is reported")]
+    if not panels:
+        return [*blocks, Words("benchmark.json has no results.", "missing")]
+    how = plots.looks(evidence_module.all_series(benchmark))
+    blocks.append(
+        Words(
+            "Each marker is a median time divided by the median of torch.softmax on the same shape, dtype and direction in the "
+            "same run, on a logarithmic axis: left of the line is faster than torch.softmax. A horizontal bar is the 95 % interval "
+            "of the median; where none is seen it is narrower than the marker. The grey band is torch.softmax's own interval. "
+            "Backward is the backward alone."
+        )
+    )
+    for dtype in dict.fromkeys(panel.dtype for panel in panels):
+        of_dtype = [panel for panel in panels if panel.dtype == dtype]
+        blocks.append(Heading(dtype, 3))
+        made = []
+        for panel in of_dtype:
+            svg = plots.speed([panel], how, of_dtype)
+            if svg is None:
+                said = f"{dtype} {panel.direction} has no plot: nothing was measured that could be compared with torch.softmax."
+                blocks.append(Words(said, "missing"))
+            else:
+                made.append(Plot(_speed_title([panel]), svg, _compared(panel), None))
+        # a page sets them one below the other where it is narrow; a file has them side by side
+        both = plots.speed(of_dtype, how, of_dtype)
+        if both is not None:
+            name = names("speed") if dtype == panels[0].dtype else names("speed", dtype)
+            made.append(
+                Plot(_speed_title(of_dtype), both, " ".join(plot.caption for plot in made if plot.caption), name, on_page=False)
+            )
+            blocks.append(Plots(made))
+        blocks += [_times_table(panel) for panel in of_dtype]
+    return blocks
+
+
+def _speed_title(panels: list[Panel]) -> str:
+    return f"Time relative to torch.softmax, {panels[0].dtype}, {text.listed([panel.direction for panel in panels])}"
+
+
+def _compared(panel: Panel) -> str:
+    """What ours are against others that compute the same, in words."""
+    said = []
+    for ours in panel.series:
+        if not ours.ours:
+            continue
+        for other in panel.series:
+            ratios = panel.against(other, ours) if other.op == ours.op and not other.ours else []
+            if ratios:
+                where = text.several(len(ratios), "shape")
+                said.append(f"{other.label} takes {text.span(ratios)} the time of {ours.label} ({where})")
+    return f"{panel.dtype} {panel.direction}: {'; '.join(said)}." if said else ""
+
+
+def _times_table(panel: Panel) -> Table:
+    notes = _Notes()
+    whole: list[tuple[str, str]] = []
+    columns, shown = [Column("rows × n", False)], []
+    for series in panel.series:
+        points = {shape: panel.points.get((series, shape)) for shape in panel.shapes}
+        if all(point is None or point.median_us is None for point in points.values()):
+            whole.append(("", f"{series.label} has no column: {_why_none(points)}."))
+            continue
+        shown.append(series)
+        columns.append(Column(series.label, ours=series.ours))
+    rows = []
+    for shape in panel.shapes:
+        row = [Cell(text.shape(*shape))]
+        row += [_time_cell(panel.points.get((series, shape)), series, notes) for series in shown]
+        rows.append(row)
+    title = f"{panel.dtype} {panel.direction}: median µs, and × torch.softmax"
+    if shown and not panel.ratios(SOFTMAX):
+        whole.append(("", "torch.softmax has no figure here, so that there are no ratios to it."))
+    return Table(title, columns, rows, notes.listed() + whole)
+
+
+NO_ROW = "the file has no row for it"
+
+
+def _why_none(points: dict[Shape, Point | None]) -> str:
+    """The reasons for which an implementation has no figure at all, and where they hold unless that is everywhere."""
+    reasons: dict[str, list[str]] = {}
+    for shape, point in points.items():
+        reasons.setdefault(NO_ROW if point is None else point.reason, []).append(text.shape(*shape))
+    if len(reasons) == 1:
+        return next(iter(reasons))
+    return "; ".join(f"{reason} ({', '.join(shapes)})" for reason, shapes in reasons.items())
+
+
+def _time_cell(point: Point | None, series: Series, notes: _Notes) -> Cell:
+    if point is None:
+        return Cell(text.NOTHING, marks=notes.mark(NO_ROW), tone="muted")
+    marks = notes.mark(point.reason) if point.reason else ()
+    if point.median_us is None:
+        return Cell(text.NOTHING, marks=marks, tone="muted")
+    ci = point.ci_us
+    tip = "" if ci is None else f"95 % interval {text.figure(ci[0])} to {text.figure(ci[1])} µs"
+    sub = text.times(point.ratio) if point.ratio is not None else "no ratio"
+    return Cell(text.figure(point.median_us), sub, marks, tip=tip, tone="strong" if series.ours else "")
+
+
+# --- autotune --------------------------------------------------------------------------------------------------------
+
+_STATUS = {
+    "timed": "right, and timed in the final round or in the screening",
+    "slower": "right, but not among the fastest of the screening",
+    "wrong": "failed the check against float64",
+    "spills": "spills registers",
+    "does not compile": "does not compile",
+    "crashes": "crashed",
+    "hangs": "did not end",
+    "out of time": "no time was left to verify it",
+}
+
+
+def _autotune(autotune: Json | None, names: _Names) -> list[Block]:
+    blocks: list[Block] = [Heading("Tuning", anchor="tuning")]
+    if autotune is None:
+        return [*blocks, _missing("autotune", "no gain by tuning is reported")]
+    groups = evidence_module.key_groups(autotune)
+    if not groups:
+        blocks.append(Words("No key was finished.", "missing"))
+    else:
+        blocks.append(
+            Words(
+                "A key is one operator, direction, dtype and bucket of shapes. Every candidate was verified before it was timed; "
+                "another than the default is taken only where the paired 95 % interval of its time over the default's lies below "
+                "1. The thin bar is the 95 % interval of the tuned median."
+            )
+        )
+    made = []
+    for group in groups:
+        svg = plots.gains(group)
+        if svg is not None:
+            gains = [key["gain"] for key in group.keys if evidence_module.is_tuned(key) and key["gain"] is not None]
+            kept = sum(map(evidence_module.kept_default, group.keys))
+            caption = (
+                f"{group.op} {group.direction}: gains of {text.span(gains)}; the default was kept in {kept} of {len(group.keys)}."
+            )
+            title = f"Default and tuned time, {group.op} {group.direction}"
+            made.append(Plot(title, svg, caption, names("gain", group.op, group.direction)))
+    if made:
+        blocks.append(Plots(made))
+    blocks += [_keys_table(group) for group in groups]
+    blocks += _discarded(autotune)
+    return blocks
+
+
+_UNITS = (
+    ("block", "block {}", 0),
+    ("rows_per_program", "{} rows", None),
+    ("num_warps", "{} warps", 0),
+    ("num_stages", "{} stages", 0),
+    ("checkpoint_segments", "{} segments", None),
+    ("num_threads", "{} threads", 0),
+)
+
+
+def configuration(config: Json) -> str:
+    """A launch configuration in a line: ``resident, block 8192, 1 row, 8 warps, 1 stage, 20 segments``."""
+    parts = [str(config["variant"])] if "variant" in config else []
+    for name, form, unused in _UNITS:
+        value = config.get(name)
+        if value is None or (unused is not None and value == unused):
+            continue
+        part = form.format(value)
+        parts.append(part.removesuffix("s") if value == 1 else part)
+    known = {"variant", *(name for name, _, _ in _UNITS)}
+    parts += [f"{name} {value}" for name, value in config.items() if name not in known]
+    return ", ".join(parts) or "empty"
+
+
+def _keys_table(group: KeyGroup) -> Table:
+    columns = [Column("key", False), Column("default µs"), Column("tuned µs"), Column("95 % interval"), Column("gain")]
+    columns += [Column("configuration", False), Column("candidates", False)]
+    rows = []
+    for key in group.keys:
+        row = [Cell(f"{key['key']['dtype']} {text.shape(key['key']['rows'], key['key']['n'])}")]
+        if evidence_module.is_tuned(key):
+            timing, kept = key["timing"], evidence_module.kept_default(key)
+            ci = timing["ci_us"]
+            interval = text.NOTHING if ci is None else f"{text.figure(ci[0])} – {text.figure(ci[1])}"
+            row += [Cell(text.figure(timing["default_us"])), Cell(text.figure(timing["median_us"])), Cell(interval, tone="muted")]
+            row.append(Cell(text.times(key["gain"]), tone="muted" if kept else "strong"))
+            row.append(Cell(configuration(key["config"]) + (" (default)" if kept else "")))
+        else:
+            row += [Cell(text.NOTHING, tone="muted")] * 4 + [
+                Cell("not tuned: the default was not proved or not timed", tone="muted")
+            ]
+        counts = Counter(candidate["status"] for candidate in key["candidates"])
+        row.append(Cell(", ".join(f"{number}\u00a0{status}" for status, number in _by_status(counts)) or "none"))
+        rows.append(row)
+    return Table(f"{group.op} {group.direction}: {text.several(len(rows), 'key')}", columns, rows, folded=True)
+
+
+def _by_status(counts: Counter[str]) -> list[tuple[str, int]]:
+    order = list(_STATUS)
+    return sorted(counts.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0]))
+
+
+REASONS = 3
+"""How many reasons of a status are quoted; the others are counted."""
+
+
+def _discarded(autotune: Json) -> list[Block]:
+    candidates = [candidate for key in autotune["keys"] for candidate in key["candidates"]]
+    counts = Counter(candidate["status"] for candidate in candidates)
+    # the counts that the file gives for what has no candidates, such as keys for which no time was left
+    others = {status: number for status, number in autotune["dropped"].items() if status not in counts}
+    blocks: list[Block] = []
+    if counts:
+        columns = [Column("candidates", False), Column("count"), Column("meaning", False), Column("reasons given", False)]
+        rows = []
+        for status, number in _by_status(counts):
+            reasons = Counter(" ".join(c["reason"].split()) for c in candidates if c["status"] == status and c["reason"].strip())
+            common = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+            said = [f"{times}× {reason}" for reason, times in common[:REASONS]]
+            if len(common) > REASONS:
+                said.append(f"and {text.several(len(common) - REASONS, 'other reason')}")
+            tone = "" if status in ("timed", "slower") else "strong"
+            rows.append(
+                [
+                    Cell(status, tone=tone),
+                    Cell(text.count(number)),
+                    Cell(_STATUS.get(status, "")),
+                    Cell("; ".join(said) or text.NOTHING),
+                ]
+            )
+        blocks.append(Table("What became of the candidates", columns, rows, kind="prose"))
+    for status, number in sorted(others.items()):
+        what, _, why = status.partition(": ")
+        left_out = f"{text.several(number, 'key')} left out, to which the default stays: {why}."
+        blocks.append(Words(left_out if what == "keys left out" else f"{status}: {text.count(number)}.", "missing"))
+    return blocks
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def _verify(verify: Json | None) -> list[Block]:
+    blocks: list[Block] = [Heading("Correctness", anchor="correctness")]
+    if verify is None:
+        return [*blocks, _missing("verify", "no property was checked")]
+    rows = verify["properties"]
+    if not rows:
+        return [*blocks, Words("verify.json has no properties: nothing was checked.", "missing")]
+    blocks.append(
+        Words(
+            f"Target: {verify['target']}. A cell is the worst row of all that were checked: how much of the error that is allowed "
+            "it used, the error and its bound, how many rows were checked, and the family of inputs of the worst one. Rows at a "
+            "kink, where the gradient is not unique in floating point, are left out and counted."
+        )
+    )
+    for failure in verify["failures"]:
+        blocks.append(_failure(failure))
+    told = {(one["op"], one["property"], one["dtype"]) for one in verify["failures"]}
+    for row in rows:
+        if row["verdict"] == "fail" and (row["op"], row["property"], row["dtype"]) not in told:
+            title = f"{row['op']}: {row['property']}, {row['dtype']}"
+            blocks.append(Failure(title, row["reason"] or "the file gives no reason", ""))
+    if not evidence_module.holds(verify) and not verify["failures"] and all(row["verdict"] != "fail" for row in rows):
+        blocks.append(Words("The file says that not everything held, but names no failure.", "fail"))
+    for op in dict.fromkeys(row["op"] for row in rows):
+        blocks.append(_properties_table(op, [row for row in rows if row["op"] == op]))
+    return blocks
+
+
+def _failure(failure: Json) -> Failure:
+    error, bound = text.error(failure["error"]), text.error(failure["bound"])
+    title = f"{failure['op']}: {failure['property']}, {failure['dtype']}: error {error}, bound {bound}, family {failure['family']}"
+    return Failure(title, failure["message"], failure["reproducer"])
+
+
+def _properties_table(op: str, rows: list[Json]) -> Table:
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    found = {(row["property"], row["dtype"]): row for row in rows}
+    sentences = {row["property"]: row["sentence"] for row in rows}
+    notes = _Notes()
+    made = []
+    for name, sentence in sentences.items():
+        cells = [Cell(name, sentence)]
+        cells += [_property_cell(found.get((name, dtype)), notes) for dtype in dtypes]
+        made.append(cells)
+    counts = Counter(row["verdict"] for row in rows)
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    return Table(
+        f"{op}: {said}", [Column("property", False), *(Column(dtype, False) for dtype in dtypes)], made, notes.listed(), kind="even"
+    )
+
+
+def _property_cell(row: Json | None, notes: _Notes) -> Cell:
+    if row is None:
+        return Cell(text.NOTHING, marks=notes.mark(NO_ROW), tone="muted")
+    if row["verdict"] == "not run":
+        return Cell("not run", marks=notes.mark(row["reason"]) if row["reason"] else (), tone="muted")
+    lines = [text.several(row["cases"], "row") + (f", {text.count(row['left_out'])} left out" if row["left_out"] else "")]
+    used, bar = "", row["worst_ratio"]
+    if row["worst_error"] == 0 and row["bound"] == 0:
+        bar = None  # a share of nothing
+        lines.insert(0, "no error")
+    elif row["worst_error"] is not None or row["bound"] is not None:
+        used = "" if bar is None else f" {text.percent(bar)}"
+        lines.insert(0, f"{text.error(row['worst_error'])} of {text.error(row['bound'])}")
+    if row["worst_family"] and row["worst_error"] != 0:
+        lines.append(row["worst_family"])
+    failed = row["verdict"] == "fail"
+    marks = notes.mark(row["reason"]) if row["reason"] else ()
+    return Cell(f"{'✗ FAIL' if failed else '✓'}{used}", "\n".join(lines), marks, bar, row["verdict"])
+
+
+# --- method ----------------------------------------------------------------------------------------------------------
+
+
+def _method(evidence: Evidence) -> list[Block]:
+    blocks: list[Block] = [Heading("How it was measured", anchor="method")]
+    rows: list[list[Cell]] = []
+
+    def say(name: str, value: Any) -> None:
+        rows.append([Cell(name), Cell(value if isinstance(value, str) else text.NOTHING if value is None else str(value))])
+
+    if evidence.benchmark is not None:
+        results = evidence.benchmark["results"]
+        say("benchmark: method", evidence.benchmark["method"])
+        for name, value in evidence.benchmark["settings"].items():
+            say(f"benchmark: {name}", value)
+        for line in _templates([row["method"] for row in results if row["method"]]):
+            say("benchmark: one measurement", line)
+        say("benchmark: samples", _range([row["samples"] for row in results if row["median_us"] is not None]))
+    if evidence.autotune is not None:
+        timings = [key["timing"] for key in evidence.autotune["keys"] if key["timing"] is not None]
+        say("autotune: effort", evidence.autotune["effort"])
+        say("autotune: file", evidence.autotune["file"])
+        say("autotune: keys taken over from an interrupted run", evidence.autotune["resumed"])
+        for line in _templates([timing["method"] for timing in timings if timing["method"]]):
+            say("autotune: one measurement", line)
+        say("autotune: samples", _range([timing["samples"] for timing in timings]))
+    if evidence.verify is not None:
+        say("verify: target", evidence.verify["target"])
+        say("verify: seed", evidence.verify["seed"])
+        say("verify: batches drawn for each operator and dtype", evidence.verify["examples"])
+    return [*blocks, Table("", [Column("setting", False), Column("value", False)], rows, kind="prose")]
+
+
+def _range(values: list[int]) -> str:
+    if not values:
+        return text.NOTHING
+    return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _templates(lines: list[str]) -> list[str]:
+    """Sentences that differ in their whole numbers only, as one with the ranges: ``around 1 to 53 call(s)``."""
+    number = re.compile(r"(?<![\d.])\d{1,15}(?![\d.])")
+    groups: dict[str, list[list[int]]] = {}
+    for line in lines:
+        groups.setdefault(number.sub("\0", line), []).append([int(found) for found in number.findall(line)])
+    made = []
+    for template, found in groups.items():
+        ranges = [_range(list(column)) for column in zip(*found, strict=True)]
+        parts = template.split("\0")
+        said = parts[0] + "".join(one + part for one, part in zip(ranges, parts[1:], strict=True)) if ranges else template
+        made.append(f"{said} ({text.several(len(found), 'measurement')})")
+    return made

@@ -1,0 +1,454 @@
+"""The plots, as SVG text. matplotlib draws them; it is an extra and is imported when the first plot is made.
+
+A plot is drawn in CSS pixels on a canvas of fixed width, so that what is written is as large as the text around it. Its
+colors are a few fixed values, one for each role, and :data:`STYLE` gives each of them its counterpart for dark mode. A file
+on its own carries that style and a background; inside a page it takes both from the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from . import text
+from .evidence import SOFTMAX, Json, KeyGroup, Panel, Series, is_tuned, kept_default, usable
+
+WIDTH = 480
+LEFT, RIGHT = 86, 16
+FONT = 11
+SMALL = 10
+
+INK, MUTED, GRID, LANE, PAPER = "#1f2329", "#59636f", "#d0d7df", "#f3f5f8", "#fefefe"
+_DARK = {INK: "#e6edf3", MUTED: "#9aa6b2", GRID: "#3a434d", LANE: "#1b222a", PAPER: "#11161c"}
+
+
+class Look(NamedTuple):
+    """How a series is drawn: its color in light and dark mode, its marker and that one's size."""
+
+    light: str
+    dark: str
+    marker: str
+    size: float = 6.0
+
+
+_KNOWN = {
+    ("soft_topk", "coordroute"): Look("#0072b2", "#56b4f0", "o", 8.0),
+    ("coordinate_descent", "coordroute"): Look("#d55e00", "#ff914d", "s", 7.5),
+    ("copy", "copy"): Look("#6e7782", "#a3adb8", "|", 8.0),
+    ("topk", "torch.topk"): Look("#aa4499", "#e08fd0", "^", 6.5),
+    ("coordinate_descent", "eager published recurrence"): Look("#8a7000", "#d9b93b", "D", 5.5),
+    ("coordinate_descent", "torch.compile of the published recurrence"): Look("#117734", "#5cc98b", "v", 6.5),
+}
+_FREE = (
+    Look("#882256", "#ee7fb0", "P", 7.0),
+    Look("#332289", "#ab9df2", "X", 7.0),
+    Look("#1b8a7d", "#5fd3c4", "<", 6.5),
+    Look("#b03a48", "#f28c98", ">", 6.5),
+    Look("#7a4a1e", "#d9a06b", "p", 7.0),
+    Look("#555b1e", "#bcc46a", "h", 7.0),
+)
+_SOFTMAX = Look(MUTED, _DARK[MUTED], "", 0.0)
+
+
+def _style(selector: str = "") -> str:
+    """CSS that gives every color its counterpart for dark mode."""
+    pairs = dict(_DARK) | {look.light: look.dark for look in (*_KNOWN.values(), *_FREE)}
+    rules = [
+        f'{selector}[style*="{what}: {light}"]{{{what}:{dark}!important}}'
+        for light, dark in pairs.items()
+        for what in ("fill", "stroke")
+    ]
+    return "@media screen and (prefers-color-scheme: dark){" + "".join(rules) + "}"
+
+
+STYLE = _style()
+
+
+def looks(series: list[Series]) -> dict[Series, Look]:
+    """A look for every series of a file, the same in all of its plots."""
+    others = [one for one in series if tuple(one) not in _KNOWN and one != SOFTMAX]
+    found = {one: _FREE[i % len(_FREE)] for i, one in enumerate(others)}
+    return {one: _SOFTMAX if one == SOFTMAX else _KNOWN.get((one.op, one.implementation)) or found[one] for one in series}
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _matplotlib() -> Iterator[Any]:
+    """matplotlib with settings that are ours alone, whatever the user's are."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        message = "the plots of a report need the package matplotlib, which is not installed: pip install 'coordroute[tune]'"
+        raise ModuleNotFoundError(message, name="matplotlib") from error
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "coordroute",
+        "text.parse_math": False,
+        "font.size": FONT,
+        "axes.unicode_minus": False,
+        "path.simplify": False,
+    }
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # a name in a script that the font lacks: the browser has it
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings)
+        yield matplotlib
+
+
+class _Canvas:
+    """A figure in pixels, y downwards."""
+
+    def __init__(self, width: float, height: float) -> None:
+        from matplotlib.figure import Figure
+
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width / 72, height / 72))  # 72 dpi: a point is a pixel
+        self.figure.patch.set_visible(False)
+        self.paper = self.axes(0, 0, width, height)
+        self.paper.set(xlim=(0, width), ylim=(height, 0))
+        self.paper.axis("off")
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Any:
+        made = self.figure.add_axes((left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height))
+        made.patch.set_visible(False)
+        return made
+
+    def write(self, x: float, y: float, words: str, **how: Any) -> None:
+        self.paper.text(x, y, words, **{"color": INK, "fontsize": FONT, "va": "center", **how})
+
+    def svg(self, title: str) -> str:
+        file = io.StringIO()
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        self.figure.savefig(file, format="svg", metadata=nothing)
+        return _clean(file.getvalue(), title, self.width, self.height)
+
+
+_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
+
+
+def _clean(svg: str, title: str, width: float, height: float) -> str:
+    """An <svg> element from a file of matplotlib's: no prolog, no comments, no ids but those that are used."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href", "href")
+    # ids are hashes of what they name: two plots in one page may have the same, so each gets a prefix of its own
+    used = set(re.findall(r'href="#([^"]+)"', svg)) | set(re.findall(r"url\(#([^)]+)\)", svg))
+    own = hashlib.sha256(title.encode()).hexdigest()[:8]
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="p{own}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#p{own}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#p{own}-\1)", svg)
+    svg = re.sub(r"font(-family)?: [^;\"]*?'?DejaVu Sans[^;\"]*", _fonts, svg)
+    svg = re.sub(r"<g>\s*</g>\s*", "", svg)
+    named = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">\n<title>{_escape(title)}</title>'
+    )
+    return re.sub(r"<svg[^>]*>", lambda found: named, svg, count=1).strip() + "\n"
+
+
+def _fonts(found: re.Match[str]) -> str:
+    """The reader's own sans-serif in place of matplotlib's; the size stays."""
+    shorthand = re.match(r"font: (.*?px) ", found[0])
+    return f"font: {shorthand[1]} {_FONTS}" if shorthand else f"font-family: {_FONTS}"
+
+
+def _escape(words: str) -> str:
+    return words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def standalone(svg: str) -> str:
+    """The text of a file for a plot: with a background and with its own dark mode, since no page gives it either."""
+    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    width, height = (found[1], found[2]) if found else ("100%", "100%")
+    background = f'<style>{STYLE}</style>\n<rect width="{width}" height="{height}" rx="8" style="fill: {PAPER}"/>'
+    svg = svg.replace("</title>", f"</title>\n{background}", 1)
+    return svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
+
+
+@lru_cache(maxsize=4096)
+def _measured(words: str, size: float, weight: str = "normal") -> float:
+    """How wide matplotlib's own font makes it; a reader's font is hardly ever wider."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return float(text_to_path.get_text_width_height_descent(words, FontProperties(size=size, weight=weight), False)[0])
+
+
+def _short(words: str, most: int = 60) -> str:
+    """One line that fits into a plot, whatever a file says."""
+    words = " ".join(words.split())
+    return words if len(words) <= most else f"{words[: most - 1]}…"
+
+
+def _weight(label: str) -> str:
+    return "bold" if label.startswith("coordroute ") else "normal"
+
+
+def _legend(entries: list[tuple[str, Look | None]], width: float) -> list[list[tuple[float, str, Look | None]]]:
+    """Lines of (x, label, look): as many entries a line as fit."""
+    lines: list[list[tuple[float, str, Look | None]]] = []
+    x = math.inf
+    for label, look in entries:
+        need = 18 + _measured(label, SMALL, _weight(label)) + 14
+        if x + need - 14 > width:
+            lines.append([])
+            x = 0.0
+        lines[-1].append((x, label, look))
+        x += need
+    return lines
+
+
+def _marker(ax: Any, x: float, y: float, look: Look, **how: Any) -> None:
+    ax.plot(
+        [x],
+        [y],
+        marker=look.marker,
+        markersize=look.size,
+        color=look.light,
+        markeredgewidth=2.0 if look.marker == "|" else 0.0,
+        linestyle="none",
+        clip_on=False,
+        **how,
+    )
+
+
+_STEPS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), tuple(1 + i / 10 for i in range(90)))
+"""Where ticks may stand within a decade, the sparsest first."""
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """At least three round numbers inside the range, but few enough to be read."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for steps in _STEPS:
+        ticks = [float(f"{step * 10.0**exponent:.2g}") for exponent in exponents for step in steps]
+        ticks = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
+        if len(ticks) >= 3:
+            break
+    return ticks[:: math.ceil(len(ticks) / 7)]
+
+
+def _log_axis(ax: Any, low: float, high: float, unit: str) -> None:
+    ax.set_xscale("log")
+    ax.set_xlim(low, high)
+    ticks = _log_ticks(low, high)
+    ax.set_xticks(ticks, [f"{tick:g}{unit}" if tick < 1e4 else f"{tick / 1e3:g}k{unit}" for tick in ticks])
+    ax.set_xticks([], minor=True)
+    ax.tick_params(axis="x", length=0, pad=5, labelsize=SMALL, labelcolor=MUTED)
+    ax.grid(axis="x", color=GRID, linewidth=0.7)
+    ax.set_axisbelow(True)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _lanes(ax: Any, count: int) -> None:
+    """One band a row, every second one tinted."""
+    ax.set_ylim(count - 0.5, -0.5)
+    ax.set_yticks([])
+    for lane in range(0, count, 2):
+        ax.axhspan(lane - 0.5, lane + 0.5, color=LANE, linewidth=0, zorder=-5)
+
+
+def _remark(ax: Any, lane: int, words: str) -> None:
+    """Words in the middle of a lane that has nothing to show."""
+    ax.text(0.5, lane, words, transform=ax.get_yaxis_transform(), color=MUTED, fontsize=SMALL, ha="center", va="center")
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def _lane_height(series: int) -> float:
+    return max(26.0, 6.5 * series + 8.0)
+
+
+def _ratio_range(panels: list[Panel]) -> tuple[float, float]:
+    """The range of an axis that all of these panels share, so that they can be compared by eye."""
+    values = [1.0]
+    for panel in panels:
+        for point in panel.points.values():
+            found = [point.ratio, *(point.ratio_ci or ())]
+            values += [value for value in found if value is not None and usable(value)]
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.05, 1.12)
+    return low / room, high * room
+
+
+def _drawn(panel: Panel) -> list[Series]:
+    """The series that have something to be drawn, but for torch.softmax: that one is the line at 1."""
+    return [one for one in panel.series if one != SOFTMAX and any(map(usable, panel.ratios(one)))]
+
+
+def _speed_axes(
+    canvas: _Canvas,
+    box: tuple[float, float, float, float],
+    limits: tuple[float, float],
+    panel: Panel,
+    series: list[Series],
+    how: dict[Series, Look],
+) -> None:
+    ax = canvas.axes(*box)
+    _lanes(ax, len(panel.shapes))
+    _log_axis(ax, *limits, "×")
+    ax.axvline(1, color=MUTED, linewidth=1.3, zorder=1)
+    step = 0.78 / max(len(series), 1)
+    for lane, shape in enumerate(panel.shapes):
+        base = panel.points.get((SOFTMAX, shape))
+        if base is not None and base.ratio_ci is not None and all(map(usable, base.ratio_ci)):
+            ax.fill_betweenx([lane - 0.5, lane + 0.5], *base.ratio_ci, color=MUTED, alpha=0.25, linewidth=0, zorder=0)
+        here = [point for one in panel.series if (point := panel.points.get((one, shape))) is not None]
+        if not any(usable(point.ratio) for point in here):
+            measured = any(usable(point.median_us) for point in here)
+            _remark(ax, lane, "torch.softmax not measured" if measured else "not measured")
+        for position, one in enumerate(series):
+            point = panel.points.get((one, shape))
+            if point is None or not usable(point.ratio):
+                continue
+            y = lane + (position - (len(series) - 1) / 2) * step
+            if point.ratio_ci is not None and all(map(usable, point.ratio_ci)):
+                ax.plot(point.ratio_ci, [y, y], color=how[one].light, linewidth=1.6, solid_capstyle="butt", zorder=2)
+            _marker(ax, point.ratio, y, how[one], zorder=4 if one.ours else 3)  # type: ignore[arg-type]
+
+
+def _arrows(canvas: _Canvas, left: float, right: float, y: float) -> None:
+    canvas.write(left, y, "← faster", color=MUTED, fontsize=SMALL, ha="left")
+    canvas.write((left + right) / 2, y, "time ÷ torch.softmax", color=MUTED, fontsize=SMALL, ha="center")
+    canvas.write(right, y, "slower →", color=MUTED, fontsize=SMALL, ha="right")
+
+
+def _draw_legend(canvas: _Canvas, lines: list[list[tuple[float, str, Look | None]]], x: float, y: float) -> None:
+    for position, line in enumerate(lines):
+        at = y + 16 * position
+        for offset, label, look in line:
+            if look is None or not look.marker:
+                canvas.paper.plot([x + offset + 6, x + offset + 6], [at - 6, at + 6], color=MUTED, linewidth=1.6)
+            else:
+                _marker(canvas.paper, x + offset + 6, at, look)
+            canvas.write(x + offset + 17, at + 0.5, label, fontsize=SMALL, fontweight=_weight(label))
+
+
+def speed(panels: list[Panel], how: dict[Series, Look], beside: list[Panel]) -> str | None:
+    """Time relative to torch.softmax, one panel beside the other: panels of one dtype.
+
+    Args:
+        panels: what to show.
+        how: the look of every series of the file.
+        beside: all panels with which a reader may compare these: they get the same axis and the same height of a row.
+
+    Returns:
+        The <svg> element, or None where no panel has anything that can be compared with torch.softmax.
+    """
+    panels = [panel for panel in panels if _drawn(panel)]
+    if not panels:
+        return None
+    with _matplotlib():
+        series = [one for one in how if any(one in _drawn(panel) for panel in panels)]
+        shapes = list(dict.fromkeys(shape for panel in panels for shape in panel.shapes))
+        shapes.sort(key=lambda shape: (shape[1], shape[0]))
+        panels = [Panel(p.dtype, p.direction, shapes, p.series, p.points) for p in panels]
+        label = max(_measured(text.shape(*shape), FONT) for shape in shapes) + 18
+        each = WIDTH - LEFT - RIGHT
+        width = label + len(panels) * each + (len(panels) - 1) * 26 + RIGHT
+        entries: list[tuple[str, Look | None]] = [(_short(one.label), how[one]) for one in series]
+        lines = _legend([*entries, ("torch.softmax = 1×", None)], width - 24)
+        top = 40 + 16 * len(lines) + 6
+        height = _lane_height(max(len(_drawn(panel)) for panel in (*panels, *beside))) * len(shapes)
+        limits = _ratio_range([*panels, *beside])
+        canvas = _Canvas(width, top + height + 46)
+        _draw_legend(canvas, lines, 14, 42)
+        canvas.write(label - 10, top + height + 33, "rows × n", color=MUTED, fontsize=SMALL, ha="right")
+        for lane, shape in enumerate(shapes):
+            canvas.write(label - 10, top + height / len(shapes) * (lane + 0.5), text.shape(*shape), ha="right", fontsize=FONT)
+        for position, panel in enumerate(panels):
+            left = label + position * (each + 26)
+            title = _short(f"{panel.direction}, {panel.dtype}", 40)
+            canvas.write(14 if len(panels) == 1 else left, 18, title, fontweight="bold", fontsize=13)
+            _speed_axes(canvas, (left, top, each, height), limits, panel, series, how)
+            _arrows(canvas, left, left + each, top + height + 33)
+        named = text.listed([panel.direction for panel in panels])
+        return canvas.svg(f"Time relative to torch.softmax, {named}, {panels[0].dtype}, for each shape and implementation")
+
+
+# --- autotune --------------------------------------------------------------------------------------------------------
+
+
+def gains(group: KeyGroup) -> str | None:
+    """Default and tuned time of every key of one operator and direction.
+
+    Returns:
+        The <svg> element, or None where no key was tuned.
+    """
+    tuned = [key for key in group.keys if is_tuned(key)]
+    values = [key["timing"][name] for key in tuned for name in ("median_us", "default_us")]
+    values += [end for key in tuned for end in key["timing"]["ci_us"] or ()]
+    values = [value for value in values if usable(value)]
+    if not values:
+        return None
+    look = _KNOWN.get((group.op, "coordroute"), _FREE[0])._replace(marker="o", size=8.0)
+    with _matplotlib():
+        names = [f"{_short(key['key']['dtype'], 16)}  {text.shape(key['key']['rows'], key['key']['n'])}" for key in group.keys]
+        label = max(_measured(name, FONT) for name in names) + 26
+        gain = 52.0
+        top, lane = 66.0, 20.0
+        height = lane * len(group.keys)
+        canvas = _Canvas(max(WIDTH, label + 260 + gain), top + height + 34)
+        right = canvas.width - gain - 6
+        canvas.write(14, 18, _short(f"{group.op} {group.direction}", 40), fontweight="bold", fontsize=13)
+        canvas.write(canvas.width - 12, top - 14, "gain", color=MUTED, fontsize=SMALL, ha="right")
+        _gain_legend(canvas, look, 14, 42)
+        ax = canvas.axes(label, top, right - label, height)
+        _lanes(ax, len(group.keys))
+        room = max((max(values) / min(values)) ** 0.05, 1.12)
+        scale, unit = (1e3, " ms") if max(values) >= 2e4 else (1.0, " µs")
+        _log_axis(ax, min(values) / room / scale, max(values) * room / scale, unit)
+        for position, (key, name) in enumerate(zip(group.keys, names, strict=True)):
+            y = top + lane * (position + 0.5)
+            canvas.write(label - 12, y, name, ha="right", color=INK if is_tuned(key) else MUTED)
+            said = text.times(key["gain"]) if is_tuned(key) else text.NOTHING
+            plain = kept_default(key) or not is_tuned(key)
+            canvas.write(
+                canvas.width - 12, y, said, ha="right", color=MUTED if plain else INK, fontweight="normal" if plain else "bold"
+            )
+            if is_tuned(key):
+                _dumbbell(ax, position, key, look, scale)
+            else:
+                _remark(ax, position, "not tuned")
+        return canvas.svg(f"Default and tuned time of every key of {group.op} {group.direction}")
+
+
+def _dumbbell(ax: Any, y: int, key: Json, look: Look, scale: float) -> None:
+    default, median = key["timing"]["default_us"] / scale, key["timing"]["median_us"] / scale
+    ci = None if key["timing"]["ci_us"] is None else [end / scale for end in key["timing"]["ci_us"]]
+    color = MUTED if kept_default(key) else look.light
+    if usable(default) and usable(median):
+        ax.plot([default, median], [y, y], color=color, linewidth=3, alpha=0.35, solid_capstyle="butt", zorder=2)
+    if ci is not None and all(map(usable, ci)):
+        ax.plot(ci, [y, y], color=color, linewidth=1.4, solid_capstyle="butt", zorder=3)
+    if usable(default) and not kept_default(key):
+        _hollow(ax, default, y)
+    if usable(median):
+        _marker(ax, median, y, look._replace(light=color), zorder=5)
+
+
+def _hollow(ax: Any, x: float, y: float) -> None:
+    how = {"markeredgecolor": MUTED, "markerfacecolor": PAPER, "markeredgewidth": 1.5, "linestyle": "none", "clip_on": False}
+    ax.plot([x], [y], marker="o", markersize=6.5, zorder=4, **how)
+
+
+def _gain_legend(canvas: _Canvas, look: Look, x: float, y: float) -> None:
+    for word, kind in (("default", "hollow"), ("tuned", "full"), ("default kept", "kept")):
+        if kind == "hollow":
+            _hollow(canvas.paper, x + 6, y)
+        else:
+            _marker(canvas.paper, x + 6, y, look if kind == "full" else look._replace(light=MUTED))
+        canvas.write(x + 17, y + 0.5, word, fontsize=SMALL)
+        x += 17 + _measured(word, SMALL) + 16

@@ -1,0 +1,625 @@
+"""Reports. All evidence here is SYNTHETIC: figures from a formula, of a device that does not exist, in the files' own format."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from coordroute.reports import document, evidence, markdown, plots, text
+from coordroute.reports.render import render
+
+DEVICE = {
+    "name": "SYNTHETIC GPU (no such device)",
+    "sm_count": 132,
+    "capability": "9.0",
+    "memory_bytes": 85_000_000_000,
+    "driver": "000.00",
+}
+VERSIONS = {"coordroute": "0.1.0", "torch": "2.11.0", "triton": "3.6.0", "python": "3.12.1", "cuda": "12.9"}
+SHAPES = ((1024, 8192), (4096, 2048), (65536, 256), (32, 8192), (8, 1024), (4, 131072), (1, 1048576))
+COMPILED = ((1024, 8192), (4, 131072))
+TUNED_SHAPES = ((1024, 8192), (1024, 2048), (4096, 256), (64, 32768), (4, 131072))
+PROPERTIES = ("runs", "values", "grad scores", "grad k", "budget", "stationarity", "replays bitwise", "inputs untouched", "scale")
+
+# (op, implementation, forward and backward relative to softmax, floor in µs, dtypes)
+CONTENDERS = (
+    ("copy", "copy", 0.6, None, 1.7, 2),
+    ("softmax", "torch.softmax", 1.0, 1.0, 4.5, 2),
+    ("topk", "torch.topk", 6.0, None, 20.0, 1),
+    ("soft_topk", "coordroute", 1.2, 0.5, 3.0, 2),
+    ("coordinate_descent", "coordroute", 1.5, 1.2, 10.0, 2),
+    ("coordinate_descent", "eager published recurrence", 90.0, 60.0, 400.0, 1),
+    ("coordinate_descent", "torch.compile of the published recurrence", 12.0, 8.0, 70.0, 1),
+    ("coordinate_descent", "colt5-attention 0.9.0", 13.0, 25.0, 55.0, 1),
+    ("budget_sparsemax", "entmax budget_bisect 1.3", 40.0, 5.0, 250.0, 1),
+    ("soft_topk", "a new one", 3.0, 2.0, 20.0, 1),
+)
+
+
+def head(command):
+    return {
+        "schema": 1,
+        "command": command,
+        "device": dict(DEVICE),
+        "versions": dict(VERSIONS),
+        "date": "2025-01-02T03:04:05+00:00",
+    }
+
+
+def synthetic_benchmark(shapes=SHAPES):
+    rng = random.Random(0)
+    results = []
+    for rows, n in shapes:
+        for d, dtype in enumerate(("float32", "bfloat16")):
+            for direction in ("forward", "backward"):
+                for op, implementation, forward, backward, floor, dtypes in CONTENDERS:
+                    factor = forward if direction == "forward" else backward
+                    if factor is None or d >= dtypes:
+                        continue
+                    row = {"op": op, "implementation": implementation, "direction": direction, "dtype": dtype, "rows": rows, "n": n}
+                    row |= {"k": 9 * n / 64, "n_iters": 20, "median_us": None, "ci_us": None, "samples": 0, "method": ""}
+                    if implementation.startswith("colt5") and n > 131072:
+                        row["status"] = "skipped: RuntimeError: n = 1048576 is more than a program holds"
+                    elif implementation.startswith("torch.compile") and (rows, n) not in COMPILED:
+                        row["status"] = "skipped: measured only at 1024x8192, 4x131072, since each shape is compiled"
+                    else:
+                        base = 4.0 + rows * n * 5e-6 / (d + 1) + (n / 6000 if rows < 132 else 0) * (implementation != "coordroute")
+                        median = round((floor + factor * base) * rng.uniform(0.85, 1.15), 4)
+                        wide = rng.uniform(0.002, 0.05)
+                        row |= {"median_us": median, "ci_us": [round(median * (1 - wide), 4), round(median * (1 + wide), 4)]}
+                        method = f"CUDA graphs of {rng.randint(2, 90)} calls, {rng.randint(1, 16)} input set(s)"
+                        row |= {"samples": 21, "method": method, "status": "ok"}
+                    results.append(row)
+    settings = {"n_iters": 20, "eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7, "k": "9n/64; torch.topk: n/8"}
+    return {**head("benchmark"), "seconds": 81.2, "method": "SYNTHETIC: from a formula", "settings": settings, "results": results}
+
+
+def synthetic_autotune(shapes=TUNED_SHAPES, dtypes=("float32", "bfloat16")):
+    rng = random.Random(1)
+    keys = []
+    for dtype in dtypes:
+        for rows, n in shapes:
+            for op in ("soft_topk", "coordinate_descent"):
+                for direction in ("forward", "backward"):
+                    default = (5 + rows * n * 6e-6) * rng.uniform(1, 4)
+                    gain = rng.choice([1.0, 1.0, rng.uniform(1.02, 1.2), rng.uniform(1.1, 2.6)])
+                    keys.append(synthetic_key(rng, op, direction, dtype, rows, n, default, gain))
+    keys[3] |= {"config": None, "timing": None, "gain": None}
+    gains = [key["gain"] for key in keys if key["gain"]]
+    mean = round(math.exp(sum(map(math.log, gains)) / len(gains)), 4)
+    dropped = {"wrong": len(keys), "spills": 2 * len(keys), "keys left out: out of time": 6}
+    made = {**head("autotune"), "seconds": 127.0, "effort": "quick", "file": "synthetic.json", "path": "/tmp/synthetic.json"}
+    return made | {"resumed": 4, "keys": keys, "dropped": dropped, "geometric_mean_gain": mean}
+
+
+def synthetic_key(rng, op, direction, dtype, rows, n, default, gain):
+    median = default / gain
+    segments = 20 if op == "coordinate_descent" else None
+    config = {"variant": "resident", "block": n, "rows_per_program": 1, "num_warps": 8, "num_stages": 1}
+    config |= {"checkpoint_segments": segments, "num_threads": 0}
+    candidates = [{"status": status, "reason": "", "median_us": median} for status in ["timed"] * 4 + ["slower"] * 3]
+    candidates += [{"status": "spills", "reason": f"spills {rng.choice([64, 128])} bytes", "median_us": None}] * 2
+    candidates += [{"status": "wrong", "reason": f"'values' fails: error {rng.choice('123')}e-3", "median_us": None}]
+    timing = {"median_us": round(median, 4), "ci_us": [round(median * 0.98, 4), round(median * 1.03, 4)]}
+    timing |= {"default_us": round(default, 4), "samples": 25, "method": "CUDA graphs of 40 calls, 4 input set(s)"}
+    key = {"op": op, "direction": direction, "dtype": dtype, "rows": rows, "n": n}
+    return {"key": key, "config": config, "timing": timing, "gain": round(gain, 4), "candidates": candidates}
+
+
+def synthetic_verify(fails=False):
+    rng = random.Random(2)
+    rows, failures = [], []
+    for op in ("soft_topk", "coordinate_descent"):
+        for dtype in ("float16", "bfloat16", "float32", "float64"):
+            for name in PROPERTIES:
+                ratio = rng.uniform(0, 0.9)
+                row = {"op": op, "property": name, "sentence": f"what {name} says", "dtype": dtype, "cases": rng.randint(200, 4000)}
+                row |= {"left_out": rng.choice([0, 0, 12]), "worst_error": ratio * 4e-7, "bound": 4e-7, "worst_ratio": ratio}
+                row |= {"worst_family": "cauchy", "verdict": "pass", "reason": ""}
+                if name in ("replays bitwise", "inputs untouched", "runs"):
+                    row |= {"worst_error": 0.0, "bound": 0.0, "worst_ratio": 0.0}
+                if name == "scale" and dtype == "float16":
+                    nothing = {
+                        "cases": 0,
+                        "left_out": 0,
+                        "worst_error": None,
+                        "bound": None,
+                        "worst_ratio": None,
+                        "worst_family": None,
+                    }
+                    row |= nothing | {"verdict": "not run", "reason": "no case came to it"}
+                if fails and name == "grad scores" and dtype == "float32":
+                    row |= {"worst_error": math.inf, "worst_ratio": math.inf, "verdict": "fail", "reason": "row 3 is not finite"}
+                    failures.append(synthetic_failure(op, name, dtype))
+                rows.append(row)
+    made = {**head("verify"), "seconds": 12.3, "seed": 0, "examples": 25, "target": "coordroute", "ok": not failures}
+    return made | {"properties": rows, "failures": failures}
+
+
+def synthetic_failure(op, name, dtype):
+    message = f"{op} {dtype}, 1 row(s) of 7: {name}: FAILS; worst row 3: error inf, bound 4e-07"
+    code = f'from coordroute import {op}\n\ncase = "```"  # {op} <{name}> & {dtype}\nprint({op}(case))'
+    failure = {"op": op, "property": name, "dtype": dtype, "family": "cauchy", "error": math.inf, "bound": 4e-7}
+    return failure | {"message": message, "reproducer": code}
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for command, data in files.items():
+        (folder / f"{command}.json").write_text(json.dumps(data), encoding="utf-8")
+    return folder
+
+
+def everything(fails=False):
+    return {"benchmark": synthetic_benchmark(), "autotune": synthetic_autotune(), "verify": synthetic_verify(fails)}
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: tags with attributes, ids, text, and whether tags are balanced."""
+
+    EMPTY = ("meta", "br", "wbr", "img", "link", "hr", "input")
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts, self.open, self.errors = [], [], [], []
+        self.feed(html)
+        self.close()
+        self.errors += self.open
+        self.ids = [value for _, attributes in self.tags for name, value in attributes.items() if name == "id"]
+        self.text = re.sub(r"[ \n]+", " ", " ".join(self.texts))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.errors.append(f"/{tag}")
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """Everything, with failures: (the evidence, name -> text of what was written)."""
+    folder = tmp_path_factory.mktemp("report")
+    data = everything(fails=True)
+    write(folder / "in", **data)
+    written = render(folder / "in", folder / "out")
+    assert sorted(written) == sorted((folder / "out").iterdir())
+    return data, {path.name: path.read_text(encoding="utf-8") for path in written}
+
+
+def tables(markdown_text):
+    """The tables of a Markdown text as lists of rows of cells."""
+    found, lines = [], []
+    for line in [*markdown_text.splitlines(), ""]:
+        if line.startswith("|"):
+            lines.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif lines:
+            found.append(lines)
+            lines = []
+    return found
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written(rendered):
+    _, files = rendered
+    gains = {f"gain-{op}-{direction}.svg" for op in ("soft-topk", "coordinate-descent") for direction in ("forward", "backward")}
+    assert set(files) == {"report.html", "report.md", "speed.svg", "speed-bfloat16.svg"} | gains
+    linked = re.findall(r"\]\(([^)]*)\)", files["report.md"])
+    assert set(linked) == set(files) - {"report.html", "report.md"}
+
+
+def test_the_same_evidence_gives_the_same_bytes(rendered, tmp_path):
+    """In another process, with another hash seed and with a user's own matplotlib settings."""
+    data, files = rendered
+    write(tmp_path / "in", **data)
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 7\nfont.size: 30\nsvg.fonttype: path\n")
+    code = "import sys, pathlib; from coordroute.reports.render import render; render(*map(pathlib.Path, sys.argv[1:]))"
+    environment = os.environ | {"PYTHONHASHSEED": "7", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "in", tmp_path / "out"], env=environment, check=True)
+    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_the_page_needs_nothing_but_itself(rendered):
+    _, files = rendered
+    page = Page(files["report.html"])
+    assert page.errors == []
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on") or name == "src"]
+        for name in ("href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#")
+    assert not re.search(r"url\((?!#)|@import", files["report.html"])
+    assert [tag for tag, _ in page.tags].count("svg") == 8
+    assert len(page.ids) == len(set(page.ids))
+    for _, attributes in page.tags:
+        for value in attributes.values():
+            for target in re.findall(r"(?:^|url\()#([^)]+)", value or ""):
+                assert target in page.ids
+
+
+def test_the_plots_are_files_that_stand_alone(rendered):
+    _, files = rendered
+    for name, svg in files.items():
+        if name.endswith(".svg"):
+            root = ElementTree.fromstring(svg)
+            width, height = map(float, root.get("viewBox").split()[2:])
+            assert (float(root.get("width")), float(root.get("height"))) == (width, height)
+            assert "prefers-color-scheme" in svg and "DejaVu Sans', 'Bitstream" not in svg
+            assert not re.search(r'(href|src)="(?!#)', svg) and "<!--" not in svg and "metadata" not in svg
+
+
+def test_every_color_of_a_plot_has_a_counterpart_in_dark_mode(rendered):
+    _, files = rendered
+    for name, svg in files.items():
+        if name.endswith(".svg"):
+            style, drawn = re.search(r"<style>(.*?)</style>(.*)", svg, re.DOTALL).groups()
+            for what, color in set(re.findall(r"(fill|stroke): (#[0-9a-f]{6})", drawn)):
+                assert f'[style*="{what}: {color}"]' in style, (name, what, color)
+
+
+def test_nothing_of_a_plot_lies_outside(rendered):
+    """Texts and markers: where they are anchored, that is; widths are the reader's font's."""
+    _, files = rendered
+    for name, svg in files.items():
+        if name.endswith(".svg"):
+            width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+            places = re.findall(r'<use [^>]*x="([-\d.]+)" y="([-\d.]+)"', svg)
+            places += re.findall(r'<text[^>]*x="([-\d.]+)" y="([-\d.]+)"', svg)
+            places += re.findall(r"translate\(([-\d.]+) ([-\d.]+)\)", svg)
+            assert len(places) > 30
+            assert all(0 <= float(x) <= width and 0 <= float(y) <= height for x, y in places)
+
+
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_of_the_benchmark_is_in_the_tables(rendered):
+    data, files = rendered
+    found = {}
+    heads = re.findall(r"\*\*(\w+) (forward|backward): median µs, and × torch.softmax\*\*", files["report.md"])
+    timed = [table for table in tables(files["report.md"]) if table[0][0] == "rows × n"]
+    assert len(heads) == len(timed) == 4
+    for (dtype, direction), (head, _, *rows) in zip(heads, timed, strict=True):
+        for row in rows:
+            for label, cell in zip(head[1:], row[1:], strict=True):
+                found[dtype, direction, row[0], label] = cell
+    base = {
+        (row["dtype"], row["direction"], row["rows"], row["n"]): row["median_us"]
+        for row in data["benchmark"]["results"]
+        if row["op"] == "softmax"
+    }
+    page = Page(files["report.html"]).text
+    for row in data["benchmark"]["results"]:
+        label = evidence.Series(row["op"], row["implementation"]).label
+        cell = found.pop((row["dtype"], row["direction"], f"{row['rows']}×{row['n']}", label))
+        if row["median_us"] is None:
+            reason = row["status"].removeprefix("skipped: ")
+            (letter,) = re.findall(r"^–<sup>(\w+)</sup>$", cell)
+            assert f"<sup>{letter}</sup> {reason}" in files["report.md"] and f"{letter} {reason}" in page
+            continue
+        ratio = row["median_us"] / base[row["dtype"], row["direction"], row["rows"], row["n"]]
+        assert cell.partition("<br>")[0].strip("*") == text.figure(row["median_us"])
+        assert float(cell.partition("<br>")[2].removesuffix("×")) == pytest.approx(ratio, rel=5e-3)
+        assert f"{text.figure(row['median_us'])} {text.times(ratio)}" in page
+    assert found == {}
+
+
+def test_an_implementation_without_any_figure_has_no_column_but_its_reasons(tmp_path):
+    data = synthetic_benchmark()
+    for row in data["results"]:
+        if row["implementation"].startswith("entmax"):
+            row |= {"median_us": None, "ci_us": None, "status": "skipped: ModuleNotFoundError: No module named 'entmax'"}
+    render(write(tmp_path, benchmark=data), tmp_path)
+    said = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "entmax budget_bisect 1.3 has no column: ModuleNotFoundError: No module named 'entmax'." in said
+    assert not any("entmax" in cell for table in tables(said) for row in table for cell in row)
+
+
+def test_tuned_keys_and_what_was_discarded(rendered):
+    data, files = rendered
+    page = Page(files["report.html"]).text
+    for key in data["autotune"]["keys"]:
+        name = f"{key['key']['dtype']} {key['key']['rows']}×{key['key']['n']}"
+        if key["timing"] is None:
+            assert f"{name} – – – – not tuned" in page
+            continue
+        default, tuned = text.figure(key["timing"]["default_us"]), text.figure(key["timing"]["median_us"])
+        assert f"{name} {default} {tuned}" in page
+        assert f"| {name} | {default} | {tuned} |" in files["report.md"]
+    assert document.configuration(data["autotune"]["keys"][0]["config"]) == "resident, block 8192, 1 row, 8 warps, 1 stage"
+    for said in ("wrong 40", "spills 80", "6 keys left out, to which the default stays: out of time."):
+        assert said in page
+    assert "39 keys are tuned" in page
+
+
+def test_failures_come_with_their_reproducers(rendered):
+    data, files = rendered
+    page = Page(files["report.html"])
+    assert "2 of 70 property checks failed" in page.text and "68 of 70" in page.text
+    assert [attributes.get("class") for tag, attributes in page.tags if tag == "p"].count("verdict fail") == 1
+    for failure in data["verify"]["failures"]:
+        assert failure["message"] in page.text
+        assert failure["reproducer"] in "".join(page.texts)
+        assert f"````python\n{failure['reproducer']}\n````" in files["report.md"]
+    assert "✗ FAIL ∞" in page.text and "row 3 is not finite" in page.text
+    assert "no case came to it" in page.text
+
+
+def test_when_all_holds_it_says_so(tmp_path):
+    render(write(tmp_path, verify=synthetic_verify()), tmp_path)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "All 70 property checks held (2 more were not run); nothing is said of tuning; nothing is said of speed." in page.text
+    assert "FAIL" not in page.text
+    assert "coordroute benchmark --peers --json DIR/benchmark.json" in page.text
+    assert "coordroute autotune --json DIR/autotune.json" in page.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "verify.json"]
+
+
+def test_a_file_that_says_not_ok_is_believed(tmp_path):
+    render(write(tmp_path, verify=synthetic_verify() | {"ok": False}), tmp_path)
+    said = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "did not succeed" in said and "names no failure" in said and "70 property checks held" not in said
+
+
+def test_a_target_of_somebody_else_is_named(tmp_path):
+    render(write(tmp_path, verify=synthetic_verify() | {"target": "theirs.ops:my_topk"}), tmp_path)
+    assert "All 70 property checks of theirs.ops:my_topk held" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_the_markdown_are_well_formed(rendered):
+    _, files = rendered
+    found = tables(files["report.md"])
+    assert len(found) == 1 + 4 + 4 + 1 + 2 + 1
+    for head, line, *rows in found:
+        assert rows and all(re.fullmatch(r":--|--:", cell) for cell in line)
+        assert {len(row) for row in (head, line, *rows)} == {len(head)}
+    headings = re.findall(r"^## (.*)$", files["report.md"], re.MULTILINE)
+    assert headings == ["Speed", "Tuning", "Correctness", "How it was measured"]
+
+
+# --- odd evidence ----------------------------------------------------------------------------------------------------
+
+HOSTILE = "<script>alert(1)</script>\"'&amp;|`$x_1^2$ ](javascript:x) -->\n# <img src=x onerror=y> 深\ud800\x00"
+
+
+def test_hostile_texts_stay_texts(tmp_path):
+    data = everything(fails=True)
+    for one in data.values():
+        one["device"]["name"] = one["device"]["driver"] = one["date"] = one["versions"]["torch"] = HOSTILE
+    for row in data["benchmark"]["results"]:
+        row["method"] = HOSTILE
+        row["dtype"] = f"../../{HOSTILE}" if row["dtype"] == "bfloat16" else row["dtype"]
+        if row["implementation"] == "a new one":
+            row["implementation"] = HOSTILE
+        if row["status"] != "ok":
+            row["status"] = f"skipped: {HOSTILE}"
+    data["benchmark"]["method"] = data["benchmark"]["settings"][HOSTILE] = HOSTILE
+    for key in data["autotune"]["keys"]:
+        key["config"] = key["config"] and key["config"] | {"variant": HOSTILE, HOSTILE: HOSTILE}
+        key["key"]["op"] = f"/{HOSTILE}" if key["key"]["op"] == "soft_topk" else key["key"]["op"]
+        for candidate in key["candidates"]:
+            candidate["reason"] = HOSTILE
+    data["autotune"]["dropped"][HOSTILE] = 3
+    for row in (*data["verify"]["properties"], *data["verify"]["failures"]):
+        row |= {name: HOSTILE for name in ("worst_family", "family", "sentence", "reason", "message", "reproducer") if name in row}
+    write(tmp_path / "in", **data)
+    written = render(tmp_path / "in", tmp_path / "out")
+    assert sorted(written) == sorted((tmp_path / "out").iterdir())
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.errors == []
+    assert not {tag for tag, _ in page.tags} & {"script", "img"}
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert page.text.count("<script>alert(1)</script>\"'&amp;|`$x_1^2$ ](javascript:x) -->") > 50
+    for path in written:
+        if path.suffix == ".svg":
+            assert "script" not in {tag.tag.rpartition("}")[2] for tag in ElementTree.parse(path).iter()}
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", said, flags=re.DOTALL | re.MULTILINE)
+    assert "<script" not in outside and "<img" not in outside
+    assert not re.search(r"(?<!\\)\]\(javascript", outside)
+    for head, *rows in tables(outside):
+        assert {len(row) for row in rows} == {len(head)}
+
+
+def test_figures_that_are_none_are_no_reason_to_stop(tmp_path):
+    data = everything()
+    for i, row in enumerate(data["benchmark"]["results"]):
+        if row["rows"] == 32 and row["op"] == "softmax":
+            row |= {"median_us": None, "ci_us": None, "status": "skipped: no time was left"}
+        elif row["rows"] == 8:
+            row["median_us"] = (math.inf, math.nan, 0.0, -1.0, None)[i % 5]
+    for i, row in enumerate(data["verify"]["properties"]):
+        odd = (None, math.inf, math.nan, 1e-300, -1.0)
+        row |= {"worst_error": odd[i % 5], "bound": odd[i // 5 % 5], "worst_ratio": odd[i // 2 % 5], "worst_family": None}
+    for i, key in enumerate(data["autotune"]["keys"]):
+        if key["timing"]:
+            key["timing"] |= {"median_us": (math.inf, math.nan, 0.0, 3.0)[i % 4], "ci_us": (None, [0.0, math.inf])[i % 2]}
+            key["gain"] = (None, math.inf, 1.0)[i % 3]
+    data["autotune"]["geometric_mean_gain"] = math.nan
+    data["verify"]["seconds"] = math.inf
+    render(write(tmp_path, **data), tmp_path)
+    said = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "no ratio" in said and "∞" in said and "NaN" in said
+    assert "torch.softmax not measured" in (tmp_path / "speed.svg").read_text(encoding="utf-8")
+
+
+def test_evidence_without_anything_in_it(tmp_path):
+    empty = {"benchmark": synthetic_benchmark(()), "autotune": synthetic_autotune(), "verify": synthetic_verify()}
+    empty["autotune"] |= {"keys": [], "dropped": {}, "geometric_mean_gain": None}
+    empty["verify"] |= {"properties": []}
+    written = render(write(tmp_path / "in", **empty), tmp_path / "out")
+    assert [path.name for path in written] == ["report.html", "report.md"]
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "benchmark.json has no results." in said and "No key was finished." in said and "nothing was checked" in said
+
+
+def test_without_torch_softmax_there_are_times_but_no_ratios(tmp_path):
+    data = synthetic_benchmark()
+    data["results"] = [row for row in data["results"] if row["op"] != "softmax"]
+    written = render(write(tmp_path / "in", benchmark=data), tmp_path / "out")
+    assert [path.name for path in written] == ["report.html", "report.md"]
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "no ratio" in said and "has no plot" in said and "soft_topk was not measured beside torch.softmax" in said
+
+
+# --- evidence that is none -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_evidence(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no evidence.*verify\.json.*coordroute benchmark --peers --json") as caught:
+        render(tmp_path, tmp_path / "out")
+    assert caught.type is ValueError and str(tmp_path) in str(caught.value)
+    with pytest.raises(ValueError, match="does not exist"):
+        render(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match="not a folder"):
+        render(tmp_path / "other.json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def spoiled(**changes):
+    return lambda data: json.dumps(data | changes)
+
+
+def inner(where, position, **changes):
+    def spoil(data):
+        data[where][position] |= changes
+        return json.dumps(data)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("command", "spoil", "reason"),
+    [
+        ("verify", lambda data: "{", "is not JSON"),
+        ("verify", lambda data: "[" * 100_000, "is not JSON"),
+        ("verify", lambda data: "[]", r"holds \[\]; an object is needed"),
+        ("verify", spoiled(schema=2), "has schema 2; this version reads schema 1"),
+        ("verify", spoiled(schema=True), "has schema True"),
+        ("autotune", spoiled(command="verify"), "is of the command 'verify'; a file of this name is of 'autotune'"),
+        ("benchmark", spoiled(results={}), r"results is \{\}; a list is needed"),
+        ("benchmark", spoiled(device=None), "device is None; an object is needed"),
+        ("benchmark", spoiled(seconds="long"), "seconds is 'long'; a number is needed"),
+        ("benchmark", inner("results", 3, median_us="fast"), r"results\[3\]\.median_us is 'fast'; a number or null is needed"),
+        ("benchmark", inner("results", 3, ci_us=[1]), r"results\[3\]\.ci_us is \[1\]; a list of two numbers or null is needed"),
+        ("benchmark", inner("results", 3, rows=10**30), r"results\[3\]\.rows"),
+        (
+            "benchmark",
+            lambda data: json.dumps(data | {"results": data["results"][:1] * 2}),
+            r"results\[1\] is a second row for copy",
+        ),
+        (
+            "benchmark",
+            lambda data: json.dumps({k: v for k, v in data.items() if k != "method"}),
+            "has no method; a string is needed",
+        ),
+        ("autotune", inner("keys", 0, timing={}), r"has no keys\[0\]\.timing\.median_us"),
+        ("autotune", inner("keys", 0, key=1), r"keys\[0\]\.key is 1; an object is needed"),
+        ("autotune", inner("keys", 0, candidates=["x"]), r"keys\[0\]\.candidates\[0\] is 'x'; an object is needed"),
+        (
+            "verify",
+            inner("properties", 0, verdict="maybe"),
+            r"properties\[0\]\.verdict is 'maybe'; allowed is one of pass, fail, not run",
+        ),
+        ("verify", spoiled(failures=[{}]), r"has no failures\[0\]\.op"),
+        ("verify", spoiled(ok=1), "ok is 1; true or false is needed"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, command, spoil, reason):
+    data = {"verify": synthetic_verify, "autotune": synthetic_autotune, "benchmark": synthetic_benchmark}[command]()
+    path = tmp_path / f"{command}.json"
+    path.write_text(spoil(data))
+    with pytest.raises(ValueError, match=reason) as caught:
+        render(tmp_path, tmp_path / "out")
+    assert caught.type is ValueError and str(path) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_not_text(tmp_path):
+    (tmp_path / "verify.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"verify\.json is not JSON"):
+        render(tmp_path, tmp_path / "out")
+    (tmp_path / "autotune.json").mkdir()
+    (tmp_path / "verify.json").unlink()
+    with pytest.raises(ValueError, match=r"autotune\.json cannot be read"):
+        render(tmp_path, tmp_path / "out")
+
+
+def test_files_of_different_devices(tmp_path):
+    data = everything()
+    data["verify"]["device"]["driver"] = "another"
+    data["autotune"]["versions"]["torch"] = "another"
+    write(tmp_path, **data)
+    render(tmp_path, tmp_path / "out")
+    assert "made with different versions" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    data["benchmark"]["device"]["name"] = "Another GPU"
+    write(tmp_path, **data)
+    with pytest.raises(ValueError, match=r"verify\.json is of the device with name 'SYNTHETIC.*benchmark\.json.*'Another GPU'"):
+        render(tmp_path, tmp_path / "out")
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    """Only what has a plot needs it, and says how to get it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    render(write(tmp_path / "a", verify=synthetic_verify()), tmp_path / "out")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'coordroute\[tune\]'") as caught:
+        render(write(tmp_path / "b", autotune=synthetic_autotune()), tmp_path / "nothing")
+    assert caught.value.name == "matplotlib" and not (tmp_path / "nothing").exists()
+
+
+def test_importing_is_light():
+    code = "import sys; import coordroute.reports.render; print([m for m in ('torch', 'matplotlib', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_significant_digits():
+    said = {0.0: "0", 1.7: "1.70", 9.999: "10.0", 12.34: "12.3", 99.96: "100", 566.4: "566", 1902.2: "1902", 13350.4: "13\u202f350"}
+    said |= {0.07295: "0.0730", 0.0005: "5.00e-04", math.inf: "∞", -math.inf: "-∞"}
+    assert {value: text.figure(value) for value in said} == said
+    assert text.figure(None) == "–" and text.figure(math.nan) == "NaN"
+    assert text.span([1.384, 0.07295]) == "0.073–1.4×" and text.span([2.0]) == "2.0×" and text.span([]) == "–"
+    shares = {0.0: "0 %", 0.001: "< 1 %", 0.34: "34 %", 0.999: "< 100 %", 1.0: "100 %", 1.001: "> 100 %", 1.5: "150 %", 12.0: "12×"}
+    assert {value: text.percent(value) for value in shares} == shares
+    assert [text.letters(i) for i in (0, 25, 26, 701, 702)] == ["a", "z", "aa", "zz", "aaa"]
+    assert text.duration(12.3) == "12.3 s" and text.duration(600) == "10 min" and text.duration(7200) == "2.0 h"
+
+
+@pytest.mark.parametrize("low,high", [(1, 1.2), (0.98, 1.3), (3, 17), (0.05, 180), (1e-3, 1e6), (1e-12, 1e12), (4.2, 4.3)])
+def test_an_axis_has_some_round_ticks(low, high):
+    ticks = plots._log_ticks(low, high)
+    assert 1 <= len(ticks) <= 7 and all(low * 0.99 <= tick <= high * 1.01 for tick in ticks)
+    assert ticks == sorted(set(ticks))
+
+
+def test_markdown_takes_text_literally():
+    assert markdown.escape("a|b *c* _d_ e_f `g` [h](i) <j> & \\") == (
+        "a\\|b \\*c\\* \\_d\\_ e_f \\`g\\` \\[h\\](i) &lt;j&gt; &amp; \\\\"
+    )
+    assert (
+        markdown.escape("# x\n\n1. y") == "\\# x 1. y" and markdown.escape("1. y") == "1\\. y" and markdown.escape("- z") == "\\- z"
+    )
+    assert markdown.fence("a ```` b", "sh") == "`````sh\na ```` b\n`````"
