@@ -123,8 +123,10 @@ def coordinate_descent(
     n_iters = _check_int("n_iters", n_iters, 1)
     if checkpoint_segments is not None:
         checkpoint_segments = _check_int("checkpoint_segments", checkpoint_segments, 1, n_iters, "n_iters")
-    eps = _check_number("eps", eps, zero_allowed=False)
-    eps_init = eps if eps_init is None else max(_check_number("eps_init", eps_init, zero_allowed=False), eps)
+    eps = _computable("eps", _check_number("eps", eps, zero_allowed=False), scores)
+    if eps_init is not None:
+        eps_init = _computable("eps_init", _check_number("eps_init", eps_init, zero_allowed=False), scores)
+    eps_init = eps if eps_init is None else max(eps_init, eps)
     eps_decay = _check_number("eps_decay", eps_decay, zero_allowed=False)
     k_rows = _per_row("k", k, scores, _without(scores.shape, dim), zero_allowed=True)
     rows, mask_rows = _to_rows(scores, mask, dim)
@@ -173,8 +175,20 @@ def _check_number(name: str, value: Any, *, zero_allowed: bool, or_tensor: str =
         what = f"a tensor of shape {_shape(value)}" if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} is {what}; allowed is {allowed}")
     number = float(value)
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero_allowed):
+    # no math.isfinite: k may be symbolic while torch.compile traces
+    if not 0 <= number < math.inf or (number == 0 and not zero_allowed):
         raise ValueError(f"{name} is {value}; allowed is {allowed}")
+    return number
+
+
+def _computable(name: str, number: float, scores: Tensor) -> float:
+    """``number``, checked to be one in the type that the kernels compute in: 1e-50 would be 0 there, and 1e300 infinite."""
+    info = torch.finfo(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    if number > info.max or 0 < number < info.tiny:
+        raise ValueError(
+            f"{name} is {number}; {str(scores.dtype).removeprefix('torch.')} scores are computed in {info.dtype}, so allowed is"
+            f" {info.tiny:.3g}..{info.max:.3g}"
+        )
     return number
 
 
@@ -195,7 +209,8 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None, high_na
 def _per_row(name: str, value: Any, scores: Tensor, lead: tuple[int, ...], *, zero_allowed: bool) -> float | Tensor:
     """A number as it is; a tensor as one value a row [R], in the dtype that the kernels compute in."""
     if not isinstance(value, Tensor):
-        return _check_number(name, value, zero_allowed=zero_allowed, or_tensor=", or a tensor with one value a row")
+        number = _check_number(name, value, zero_allowed=zero_allowed, or_tensor=", or a tensor with one value a row")
+        return _computable(name, number, scores)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype} and shape {_shape(value)}; allowed are real numbers")
     if value.device != scores.device:
@@ -389,7 +404,8 @@ class Router(nn.Module):
 
         Args:
             x: tokens [b, n, d], floating.
-            num_tokens: m, how many tokens each route takes, >= 1. A sequence of at most m tokens passes through whole.
+            num_tokens: m, how many tokens each route takes, >= 1. A sequence of at most m tokens passes through whole, with
+                gates of 1 (0 where masked) that carry no gradient.
                 In block-wise routing every block gives at least one, so m is at least the number of blocks.
             mask: bool [b, n], True = valid. Masked tokens are taken only where too few are valid, with score 0.
             random_route: the negative control: tokens are drawn uniformly among the valid ones, all gates are 1 (0 where
@@ -518,7 +534,7 @@ class Router(nn.Module):
         if keep_route:
             x = x[:, None].repeat(1, self.num_routes, 1, 1)
             mask = None if mask is None else mask[:, None].repeat(1, self.num_routes, 1)
-        return Routed(None, x.new_ones(x.shape[:-1]), x, mask)
+        return Routed(None, x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype), x, mask)
 
     def _similarity(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Scores [b, r, n] in the wider dtype of both, also under autocast: ranks are lost in half precision."""
@@ -561,14 +577,14 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Gates and indices, both [b, r, max(num_tokens, number of blocks)]."""
         b, r, n = similarity.shape
-        num_full, tail = divmod(n, width)
+        num_full, tail = n // width, n % width  # not divmod: n may be symbolic
         num_blocks = num_full + (tail > 0)
         num_tokens = max(num_tokens, num_blocks)
         device = similarity.device
 
         # an even share for each block, in proportion to its length and at least one
         of_tail = max(1, num_tokens * tail // n) if tail else 0
-        each, extra = divmod(num_tokens - of_tail, num_full)
+        each, extra = (num_tokens - of_tail) // num_full, (num_tokens - of_tail) % num_full
         block = torch.arange(num_blocks, device=device)
         share = torch.where(block < num_full, each + (block < extra).long(), of_tail)  # [num_blocks]
         size = torch.where(block < num_full, width, tail)
@@ -581,7 +597,11 @@ class Router(nn.Module):
         similarity = similarity.reshape(b, r, num_blocks, width)
         valid = None if valid is None else valid.reshape(b, r, num_blocks, width)
 
-        k = torch.minimum(share * self.fetch_k_ratio, size.to(torch.float32))
+        k: float | Tensor
+        if tail or extra:
+            k = torch.minimum(share * self.fetch_k_ratio, size.to(torch.float32))
+        else:
+            k = min(each * self.fetch_k_ratio, width)  # as published: a number is not clamped to the valid entries
         weights = self._weights(similarity, k, valid, random_route).flatten(2)
         ranked = (_ranked(similarity, valid, random_route) + (block * width)[:, None]).flatten(2)
 

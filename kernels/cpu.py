@@ -354,18 +354,22 @@ def _moved(hi: Tensor, lo: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     return new_hi, new_lo
 
 
-def _moments(x: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of rows, good enough to start from."""
-    n = x.shape[-1]
-    mean = _row_sum(x) / n
+def _moments(x: Tensor, work: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of rows of ``count`` entries, good enough to start from."""
+    count = count.to(x.dtype)
+    mean = _row_sum(x) / count
     torch.sub(x, mean, out=work)
-    deviation = torch.linalg.vector_norm(work, dim=-1, keepdim=True) / math.sqrt(n)
+    deviation = torch.linalg.vector_norm(work, dim=-1, keepdim=True) / count.sqrt()
     return mean.double(), deviation.double()
 
 
 def _moments_of_finite(x: Tensor, finite: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    mean = torch.where(finite, x, 0.0).sum(-1, keepdim=True) / count
-    deviation = torch.where(finite, x - mean, 0.0).square().sum(-1, keepdim=True).div(count).sqrt()
+    """The same over the finite entries. A row that has no others gets the very bits of :func:`_moments`, so that its
+    result does not depend on its neighbours."""
+    count = count.to(x.dtype)
+    mean = _row_sum(torch.where(finite, x, 0.0)) / count
+    away = torch.where(finite, x - mean, 0.0)
+    deviation = torch.linalg.vector_norm(away, dim=-1, keepdim=True) / count.sqrt()
     return mean.double(), deviation.double()
 
 
@@ -528,13 +532,11 @@ def _threshold_and_values(
         settled = spoiled | nothing | (budget >= count)
         # rows that need no solving go along with harmless numbers
         budget, count = torch.where(settled, 0.5, budget), torch.where(settled, 1.0, count)
-        y = torch.where(finite & ~settled, x, 0.0)
         top = torch.where(finite & ~settled, x, -_INF).amax(-1, keepdim=True).double().clamp_min(-torch.finfo(dtype).max)
         bottom = torch.where(finite & ~settled, x, _INF).amin(-1, keepdim=True).double().clamp_max(torch.finfo(dtype).max)
-        mean = y.sum(-1, keepdim=True).double() / count
-        deviation = torch.where(finite, y - mean.to(dtype), 0.0).square_().sum(-1, keepdim=True).double().div_(count).sqrt_()
+        mean, deviation = _moments_of_finite(x, finite & ~settled, count)
     else:
-        mean, deviation = _moments(x, space("work", rows).view)
+        mean, deviation = _moments(x, space("work", rows).view, count)
     scale = _scale(eps, dtype)
     # a row's bracket: with tau below `lower` every entry is at least k/n, above `upper` every entry is at most k/n
     spread = eps * torch.log(count / budget)

@@ -246,6 +246,7 @@ def _coordinate_descent_backward_fake(
 
 def _soft_topk_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     scores, k, _, eps, eps_value, mask, impl = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(scores, output[1], eps, mask)
     ctx.eps_value, ctx.impl, ctx.k_is_tensor = eps_value, impl, k is not None
     ctx.set_materialize_grads(False)
@@ -261,6 +262,7 @@ def _soft_topk_autograd(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | N
 
 def _coordinate_descent_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     scores, k, k_value, mask, *schedule, _, impl = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(scores, output[1], k, mask)
     ctx.k_value, ctx.schedule, ctx.impl = k_value, schedule, impl
     ctx.set_materialize_grads(False)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .config import LaunchConfig
-from .launch import check_config, compute_dtypes, mask_args, on_device, row_value_args
+from .launch import check_config, compute_dtypes, mask_args, on_device, positive, row_value_args
 
 MAX_SWEEPS_32 = tl.constexpr(512)
 MAX_SWEEPS_64 = tl.constexpr(4096)
@@ -64,7 +64,7 @@ def _normal_upper_quantile(p):
 
 
 @triton.jit
-def _begin(k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2):
+def _begin(k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2, TOLERANCE: tl.constexpr):
     """The solver's state before the first sweep, all [R].
 
     n_finite, n_inf, n_nan count finite, +inf and NaN entries; sum1 and sum2 are the sums of (s - largest) and its square.
@@ -86,6 +86,10 @@ def _begin(k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2):
     high = largest + above
     # the largest entry alone may not exceed the budget
     low = tl.where(budget <= 1.0, tl.maximum(low, largest - eps * tl.log(budget)), low)
+    # what rounding may have moved the bounds by: at least two ulps
+    slack = (TOLERANCE / 4) * tl.maximum(tl.abs(largest), tl.abs(smallest))
+    low = low - slack
+    high = high + slack
     mean = sum1 / count
     deviation = tl.sqrt(tl.maximum(sum2 / count - mean * mean, 0.0))
     guess = largest + mean + deviation * _normal_upper_quantile(budget / count)
@@ -101,24 +105,30 @@ def _advance(sweep, saturated, unsaturated, k, n_inf, budget, eps, hi, lo, low, 
     residual = (saturated.to(k.dtype) - k) + unsaturated
     total = (saturated - n_inf).to(k.dtype) + unsaturated
     converged = tl.abs(residual) <= TOLERANCE * tl.maximum(unsaturated, tl.minimum(budget, 1.0) / 64)
-    low = tl.where(~done & (residual > 0), tl.maximum(low, hi), low)
-    high = tl.where(~done & (residual <= 0), tl.minimum(high, hi), high)
+    # hi bounds the root only on the side of it that lo leaves it on
+    low = tl.where(~done & (residual > 0) & (lo >= 0), tl.maximum(low, hi), low)
+    high = tl.where(~done & (residual <= 0) & (lo <= 0), tl.minimum(high, hi), high)
     ratio = residual / budget
     log_ratio = tl.where(tl.abs(ratio) < 1e-3, ratio * (1.0 - 0.5 * ratio), tl.log(tl.maximum(total / budget, 1e-37)))
     step = eps * (total / unsaturated) * log_ratio
     target = hi + (lo + step)
     newton = (target >= low) & (target <= high) & (unsaturated > 0)
-    newton = newton & (converged | (sweep < 24) | (sweep % 2 == 0))
+    middle = 0.5 * low + 0.5 * high
+    adjacent = (middle <= low) | (middle >= high)
+    between = ((hi - low) + lo > 0) & ((hi - high) + lo < 0)
+    newton = newton & (converged | (adjacent & between) | (~adjacent & ((sweep < 24) | (sweep % 2 == 0))))
     # the last step of a converged row is free, and only worth taking where the residual is small against U
     polish = converged & (tl.abs(residual) <= TOLERANCE * unsaturated)
-    middle = 0.5 * low + 0.5 * high
     # two-sum of hi and lo + step (Knuth): what hi rounds away is kept in lo
     addend = lo + step
     new_hi = hi + addend
     back = new_hi - hi
     new_lo = (hi - (new_hi - back)) + (addend - back)
-    new_hi = tl.where(newton, new_hi, middle)
-    new_lo = tl.where(newton, new_lo, 0.0)
+    # neighbouring floats have no middle: go just above the lower one. From there log F is convex in tau as far as the upper
+    # one, so that Newton's steps of lo fall short of the root and never jump over it
+    above = tl.where(adjacent, tl.maximum(eps * 1e-21, 1e-37), 0.0)
+    new_hi = tl.where(newton, new_hi, tl.where(adjacent, low, middle))
+    new_lo = tl.where(newton, new_lo, above)
     move = ~done & (~converged | (polish & newton))
     hi = tl.where(move, new_hi, hi)
     lo = tl.where(move, new_lo, lo)
@@ -187,7 +197,9 @@ def _forward_resident(
     below = tl.where(finite, s - largest[:, None], 0.0)
     sum1 = tl.sum(below, axis=1)
     sum2 = tl.sum(below * below, axis=1)
-    budget, safe_eps, low, high, hi, bad, full, empty = _begin(k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2)
+    budget, safe_eps, low, high, hi, bad, full, empty = _begin(
+        k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2, TOLERANCE
+    )
     lo = tl.zeros_like(hi)
     scale = 1.4426950408889634 / safe_eps
     done = bad | full | empty | ~live
@@ -276,7 +288,9 @@ def _forward_tiled(
         square_acc += below * below
     sum1 = tl.sum(sum_acc, axis=1)
     sum2 = tl.sum(square_acc, axis=1)
-    budget, safe_eps, low, high, hi, bad, full, empty = _begin(k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2)
+    budget, safe_eps, low, high, hi, bad, full, empty = _begin(
+        k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2, TOLERANCE
+    )
     lo = tl.zeros_like(hi)
     scale = 1.4426950408889634 / safe_eps
     done = bad | full | empty | ~live
@@ -372,6 +386,7 @@ def _backward_resident(
     lo = tl.load(threshold_ptr + rows * 2 + 1, mask=live, other=0.0)
     eps = _row_value(eps_ptr, eps_value, rows, live, eps_stride, EPS_IS_TENSOR, COMPUTE)
     scale = 1.4426950408889634 / eps
+    inv_eps = 1.0 / eps
     d, g, lam = _backward_tile(
         scores_ptr, grad_ptr, mask_ptr, rows, cols, inside, scores_stride, grad_stride, mask_stride,
         hi, lo, scale, HAS_MASK, COMPUTE,
@@ -381,7 +396,7 @@ def _backward_resident(
     nan_row = hi != hi
     gbar = tl.where(mass > 0, weighted / mass, 0.0)
     gbar = tl.where(nan_row, float("nan"), gbar)
-    ds = tl.where(lam > 0, lam * (g - gbar[:, None]) / eps[:, None], 0.0)
+    ds = tl.where(lam > 0, lam * (g - gbar[:, None]) * inv_eps[:, None], 0.0)
     ds = tl.where(nan_row[:, None], float("nan"), ds)
     tl.store(dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside)
     tl.store(dk_ptr + rows, gbar, mask=live)
@@ -419,6 +434,7 @@ def _backward_tiled(
     lo = tl.load(threshold_ptr + rows * 2 + 1, mask=live, other=0.0)
     eps = _row_value(eps_ptr, eps_value, rows, live, eps_stride, EPS_IS_TENSOR, COMPUTE)
     scale = 1.4426950408889634 / eps
+    inv_eps = 1.0 / eps
     mass_acc = tl.zeros([ROWS, BLOCK], COMPUTE)
     weighted_acc = tl.zeros([ROWS, BLOCK], COMPUTE)
     for start in range(0, n_cols, BLOCK):
@@ -443,7 +459,7 @@ def _backward_tiled(
             scores_ptr, grad_ptr, mask_ptr, rows, cols, inside, scores_stride, grad_stride, mask_stride,
             hi, lo, scale, HAS_MASK, COMPUTE,
         )  # fmt: skip
-        ds = tl.where(lam > 0, lam * (g - gbar[:, None]) / eps[:, None], 0.0)
+        ds = tl.where(lam > 0, lam * (g - gbar[:, None]) * inv_eps[:, None], 0.0)
         ds = tl.where(nan_row[:, None], float("nan"), ds)
         if EPS_IS_TENSOR:
             eps_acc += d * ds
@@ -481,6 +497,7 @@ def soft_topk_forward(
     resident = config.variant == "resident"
     rows = config.rows_per_program if resident else 1
     k_ptr, k_value, k_stride = row_value_args(k, scores)
+    eps = eps if isinstance(eps, torch.Tensor) else positive(eps, compute)
     eps_ptr, eps_value, eps_stride = row_value_args(eps, scores)
     mask_ptr, mask_stride = mask_args(mask, scores)
     double = compute == torch.float64
@@ -504,7 +521,7 @@ def soft_topk_forward(
             EPS_IS_TENSOR=isinstance(eps, torch.Tensor),
             HAS_MASK=mask is not None,
             COMPUTE=tl_compute,
-            TOLERANCE=2.0**-44 if double else 2.0**-20,
+            TOLERANCE=2.0**-48 if double else 2.0**-20,
             MAX_SWEEPS=MAX_SWEEPS_64 if double else MAX_SWEEPS_32,
             ROWS=rows,
             BLOCK=config.block,
@@ -538,6 +555,7 @@ def soft_topk_backward(
     check_config("soft_topk", config, n_cols)
     resident = config.variant == "resident"
     rows = config.rows_per_program if resident else 1
+    eps = eps if isinstance(eps, torch.Tensor) else positive(eps, compute)
     eps_ptr, eps_value, eps_stride = row_value_args(eps, scores)
     mask_ptr, mask_stride = mask_args(mask, scores)
     with on_device(scores.device):

@@ -71,6 +71,7 @@ def certify(s: Any, lam: Any, k: Any, eps: Any, mask: Any | None = None, floor: 
     positive = np.where(finite & (lam > 0), lam, 1.0)
     primal_terms = np.where(finite & (lam > 0), lam * (d - eps_rows[:, None] * (np.log(positive) - 1.0)), 0.0)
     gap = np.where(finite, dual_terms - primal_terms, 0.0).sum(axis=1)
-    gap = np.where(mass > 0, gap / (eps_rows * np.maximum(k_rows, 1e-300)), 0.0)
+    with np.errstate(over="ignore"):
+        gap = np.where(mass > 0, gap / (eps_rows * np.maximum(k_rows, 1e-300)), 0.0)
     nan = np.where(rows.nan, np.nan, 0.0)
     return Certificate(box + nan, budget + nan, stationarity + nan, gap + nan)

@@ -98,7 +98,8 @@ class Truth:
 
 
 def _norm(x: Array) -> Array:
-    return np.sqrt(np.sum(x * x, axis=-1))
+    with np.errstate(over="ignore"):
+        return np.sqrt(np.sum(x * x, axis=-1))
 
 
 # --- the exact solver ------------------------------------------------------------------------------------------------
@@ -152,7 +153,13 @@ def _solve(rows: Rows) -> tuple[Array, Array]:
         left = budget[:, None] - m
         with np.errstate(divide="ignore", invalid="ignore"):
             candidates = eps_rows[:, None] * (tail - np.log(np.where(left > 0, left, np.nan)))
-            consistent = (left > 0) & (ordered <= candidates) & (m < n_finite[:, None])
+            low_enough = ordered <= candidates
+            # where s/eps is too large for the logarithms to count in one float64: the same, relative to each entry
+            size = np.where(np.isfinite(scaled), np.abs(scaled), 0.0).max(axis=1)
+            coarse = np.flatnonzero(size > COARSE)
+            relative = _relative_tails(ordered[coarse], eps_rows[coarse])
+            low_enough[coarse] = relative >= np.log(np.where(left > 0, left, np.nan))[coarse]
+            consistent = (left > 0) & low_enough & (m < n_finite[:, None])
         # where k - m <= 1 no other entry can exceed 1, whatever rounding says of a tie
         consistent |= (left > 0) & (left <= 1) & (m < n_finite[:, None])
         first = np.argmax(consistent, axis=1)
@@ -164,6 +171,19 @@ def _solve(rows: Rows) -> tuple[Array, Array]:
             gap = eps_rows * np.log(total / (budget - first))
         anchor, offset = np.where(easy, anchor, top), np.where(easy, 0.0, gap)
     return np.where(rows.nan, np.nan, anchor), offset
+
+
+COARSE = 2.0**22
+"""Scores in units of eps beyond which an ulp of them is no longer small beside what their logarithms decide."""
+
+
+def _relative_tails(ordered: Array, eps: Array) -> Array:
+    """log sum_{i >= m} exp((v_i - v_m)/eps) for falling v, [R, n]: right however large v/eps is."""
+    tails = np.zeros_like(ordered)
+    for m in range(ordered.shape[1] - 2, -1, -1):
+        gap = np.where(np.isfinite(ordered[:, m + 1]), (ordered[:, m + 1] - ordered[:, m]) / eps, -np.inf)
+        tails[:, m] = np.logaddexp(0.0, gap + tails[:, m + 1])
+    return tails
 
 
 def _distance(rows: Rows, anchor: Array, offset: Array) -> Array:
@@ -314,7 +334,9 @@ def _descend(
         # running error: what a step hands on of the last error is the clamped share of the softmax, what it adds is the
         # rounding of a, of the shift, and of eps (log k - log sum)
         handed = np.where(clamped[-1], p, 0.0).sum(axis=1) if clamped else 0.0
-        rounding = 4.0 * np.abs(a) + 2.0 * np.abs(top) * e + e * (8.0 + np.abs(log_k) + np.abs(np.log(total)))
+        # and, where clamped, what s + b loses of -a in this very float64 computation
+        lost = np.where(clamped[-1], 2.0 * np.abs(s) * p, 0.0).sum(axis=1) * (2.0**-53 / unit) if clamped else 0.0
+        rounding = lost + 4.0 * np.abs(a) + 2.0 * np.abs(top) * e + e * (8.0 + np.abs(log_k) + np.abs(np.log(total)))
         error = handed * error + rounding
         near.append(valid & ~saturated & (np.abs(s + a[:, None]) <= unit * error[:, None]))
         trace.append(a)
@@ -349,10 +371,13 @@ def _descend(
         jump_log_k = jump_log_k + jump * e_t
         grad_s -= np.where(over | ~valid, 0.0, adjoint[:, None] * p)
         sharper = weight + size * (16.0 + error / e_t)
-        magnitude += np.where(over, 0.0, p) * sharper[:, None]
+        # the exponent of p rounds in proportion to its size
+        exponent = np.abs(np.log(np.where(p > 0, p, 1.0)))
+        magnitude += np.where(over, 0.0, p * (sharper[:, None] + size[:, None] * exponent))
         jumps += np.where(close, size[:, None] * p, np.where(over, 0.0, jump[:, None] * p))
         share, unsure = np.where(over, p, 0.0).sum(axis=1), np.where(close, p, 0.0).sum(axis=1)
-        weight = sharper * np.minimum(share + unsure, 1.0)
+        carried = np.where(over | close, p * exponent, 0.0).sum(axis=1)
+        weight = sharper * np.minimum(share + unsure, 1.0) + size * carried
         jump = jump * share + size * unsure
         adjoint = adjoint * share
     dlog_k = dlog_k + adjoint * schedule[0]

@@ -359,7 +359,7 @@ def _gradients(found: Found, truth: Truth, plain: _Plain, dtype: torch.dtype) ->
         size = np.abs(wanted) if wanted.ndim == 1 else np.sqrt(np.sum(wanted * wanted, axis=1))
         left_out = (slack > SLACK_SHARE * np.nan_to_num(size)) & (slack > 0)
         limit = compare.bound(yardstick, error, compare.storage_floor(wanted, stored), dtype) + np.where(left_out, 0.0, slack)
-        yield Finding(name, compare.row_errors(mine, wanted), limit, left_out)
+        yield Finding(name, compare.row_errors(mine, wanted, stored), limit, left_out)
 
 
 def _certificate(case: Case, inputs: Inputs, lam: Array, dtype: torch.dtype) -> Iterator[Finding]:
@@ -630,7 +630,7 @@ def strategy(op: str, dtype: str, most: int) -> Any:
         build,
         st.sampled_from(families.lengths(most)),
         st.lists(row, min_size=1, max_size=16),
-        st.sampled_from([0.1, 0.03, 0.5, 1.0]),
+        st.sampled_from([0.1, 0.03, 0.5, 1.0, 1e-3, 1e-6]),
         schedules,
         st.booleans(),
         st.booleans(),

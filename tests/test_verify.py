@@ -204,7 +204,7 @@ def test_errors_and_bounds():
     assert compare.row_errors(np.array([[1.0, 2.5], [np.nan, np.nan]]), truth).tolist() == [0.5, 0.0]
     assert compare.row_errors(np.array([[1.0, np.nan], [np.nan, 0.0]]), truth).tolist() == [np.inf, np.inf]
     floor, stored = np.array([4.0]), np.array([0.0])
-    for dtype, unit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-24), (torch.float64, 2.0**-53)):
+    for dtype, unit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-24), (torch.float64, 2.0**-52)):
         assert compare.bound(np.array([np.nan]), floor, stored, dtype)[0] == 4.0 * unit
     assert compare.storage_floor(np.array([[1.0]]), torch.bfloat16)[0] == 2.0**-8
 
