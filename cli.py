@@ -393,7 +393,7 @@ def _parser() -> argparse.ArgumentParser:
         "  coordroute autotune --output my-gpu.json --json autotune.json\n",
     )
     add_device(one)
-    text = "quick is about two minutes; full tries more shapes, dtypes and candidates (default: %(default)s)"
+    text = "quick is a matter of minutes; full tries more shapes, dtypes and candidates (default: %(default)s)"
     one.add_argument("--effort", choices=EFFORTS, default="quick", help=text)
     text = "the configuration file (default: <device>.json in COORDROUTE_CONFIG_DIR, or else in the user's cache folder)"
     one.add_argument("--output", metavar="FILE", help=text)

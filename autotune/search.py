@@ -68,7 +68,7 @@ class Plan:
 
 
 _PLANS = {
-    ("triton", "quick"): Plan(7, 25, 250.0, 2.0, 3.0),
+    ("triton", "quick"): Plan(7, 25, 250.0, 1.5, 2.0),
     ("triton", "full"): Plan(9, 41, 400.0, 6.0, 6.0),
     ("cpu", "quick"): Plan(5, 15, 1500.0, 2.0, 3.0),
     ("cpu", "full"): Plan(7, 25, 3000.0, 6.0, 8.0),
@@ -158,13 +158,13 @@ def run(
 
     Args:
         device: what to tune; None is the GPU where there is one, else the CPU.
-        effort: ``"quick"`` (few keys and candidates: about two minutes) or ``"full"``.
+        effort: ``"quick"`` (few keys and candidates: minutes) or ``"full"``.
         output: the file; None is where lookups find it (:func:`coordroute.autotune.store.output_path`).
         fresh: begin anew instead of going on with an interrupted run.
         progress: called with (total, done, text, seconds left or None).
         groups: tune only these; None is all of the effort.
         seconds: a limit for the whole run; None is :data:`CPU_SECONDS` on a CPU and none on a GPU.
-        workers: processes that compile and verify; None is one for two cores, at most 8, on a GPU and 0 on a CPU.
+        workers: processes that compile and verify; None is all cores but two, at most 12, on a GPU and 0 on a CPU.
             0 does it in this process.
         seed: of all inputs.
 
@@ -215,7 +215,7 @@ class _Search:
         self.seconds = seconds
         self.deadline = math.inf if seconds is None else self.began + seconds
         if workers is None:
-            workers = min(8, max(1, (os.cpu_count() or 2) // 2)) if self.backend == "triton" else 0
+            workers = min(12, max(1, (os.cpu_count() or 2) - 2)) if self.backend == "triton" else 0
         self.workers = workers
         self.pool: Pool | None = None
         self.compile_seconds = COMPILE_SECONDS
@@ -335,7 +335,6 @@ class _Search:
             "seconds": round(seconds, 1),
             "effort": self.effort,
             "file": self.path.name,
-            "path": str(self.path),
             "resumed": 2 * self.resumed,
             "keys": keys,
             "dropped": dict(dropped),

@@ -35,26 +35,33 @@ class Group(NamedTuple):
         return f"{self.op} {self.dtype} {self.rows}x{self.n}"
 
 
-_GPU_QUICK = ((1024, 8192), (1024, 2048), (4096, 256), (64, 32768), (4, 131072))
+_GPU_QUICK = (
+    (1024, 8192),
+    (4096, 2048),
+    (65536, 256),
+    (64, 8192),
+    (16, 1024),
+    (64, 32768),
+    (4, 131072),
+    (1, 1048576),
+)
 _GPU_FULL = (
     *_GPU_QUICK,
     (65536, 64),
-    (65536, 256),
     (16384, 1024),
+    (4096, 256),
     (4096, 512),
-    (4096, 2048),
     (1024, 1024),
+    (1024, 2048),
     (1024, 4096),
     (1024, 16384),
     (256, 8192),
     (64, 1024),
-    (64, 8192),
     (16, 4096),
     (16, 16384),
     (16, 65536),
     (4, 1024),
     (4, 32768),
-    (1, 1048576),
 )
 _CPU_QUICK = ((256, 512), (64, 4096), (4, 65536))
 _CPU_FULL = (*_CPU_QUICK, (4096, 64), (1024, 512), (1024, 2048), (16, 4096), (256, 8192), (1, 262144))
@@ -139,6 +146,9 @@ def _gpu(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:
                 (held // 2, warps),
             )
         made += [replace(default, rows_per_program=r, num_warps=w) for r, w in pairs if r >= 1 and w >= 1]
+    elif key.n <= kernel_config.MAX_RESIDENT_N:
+        # too long for the heuristic, which must not spill anywhere; here the compiler is asked
+        made += [LaunchConfig("resident", key.n, 1, w, 1, default.checkpoint_segments) for w in (16, 32)]
     if default.variant == "tiled" or (full and key.n >= 4096) or key.n >= 32768:
         tiled = LaunchConfig("tiled", 4096, 1, 16, 1, default.checkpoint_segments)
         if full:

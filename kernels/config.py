@@ -132,12 +132,13 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
         # a block of rows that stays in a 256 KiB share of the second-level cache
         rows = max(1, min(256, (1 << 18) // (key.n * itemsize)))
         return LaunchConfig("eager", rows_per_program=rows, checkpoint_segments=segments)
-    limit = MAX_RESIDENT_N * 4 // itemsize
+    # these numbers are such that nothing spills in float32 (kernels/aot.py): 16 scores a thread, 8 where soft_topk would
+    limit = MAX_RESIDENT_N * 2 // itemsize
     if key.n > limit:
-        return LaunchConfig("tiled", 4096, 1, 16, 1, segments)
-    # about 16 scores a thread; short rows share a program
-    rows = max(1, min(512 // key.n, next_power_of_2(key.rows)))
-    per_warp = 32 * (16 if itemsize == 4 else 8)
+        return LaunchConfig("tiled", 4096, 1, 32, 1, segments)
+    # short rows share a program
+    rows = max(1, min(256 // key.n, next_power_of_2(key.rows)))
+    per_warp = 32 * (8 if itemsize == 8 or (key.op == "soft_topk" and key.n >= 8192) else 16)
     warps = min(max(next_power_of_2(rows * key.n // per_warp), 1), 32)
     return LaunchConfig("resident", key.n, rows, warps, 1, segments)
 

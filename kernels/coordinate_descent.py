@@ -30,11 +30,18 @@ import triton
 import triton.language as tl
 
 from .config import LaunchConfig
-from .launch import check_config, compute_dtypes, mask_args, on_device, row_value_args
+from .launch import check_config, compute_dtypes, mask_args, on_device, positive, row_value_args
 from .soft_topk import _load_scores, _row_value
 
 LOG2E = tl.constexpr(1.4426950408889634)
 K_FLOOR = tl.constexpr(1e-20)
+
+
+@triton.jit
+def _exp2_scale(e):
+    """What to multiply by so that exp2 is exp(x / e)."""
+    # a bare number: under the interpreter a global constexpr over a tensor is no tensor
+    return 1.4426950408889634 / e
 
 
 @triton.jit
@@ -43,6 +50,13 @@ def _budget(k, n_valid, CLAMP_K: tl.constexpr):
     if CLAMP_K:
         k = tl.where(k == k, tl.minimum(tl.maximum(k, 0.0), n_valid.to(k.dtype)), k)
     return k
+
+
+@triton.jit
+def _log_budget(k, easy):
+    """log k [R] with k no lower than K_FLOOR; 0 for a row with nothing to do."""
+    # the floor as a tensor: tl.maximum rounds a bare number to float32
+    return tl.log(tl.maximum(tl.where(easy, 1.0, k), tl.zeros_like(k) + K_FLOOR))
 
 
 @triton.jit
@@ -136,7 +150,7 @@ def _iterate(
     bad = (n_nan > 0) | (k != k)
     dead = ~bad & ((n_valid == 0) | (k <= 0))
     easy = bad | dead
-    log_k = tl.log(tl.maximum(tl.where(easy, 1.0, k), K_FLOOR))
+    log_k = _log_budget(k, easy)
     largest = tl.where(easy, 0.0, largest)
 
     if RECOMPUTE:
@@ -148,7 +162,7 @@ def _iterate(
         begin = 0
         end = n_iters
         n_states = segments
-    # as tensors: a bare number would be rounded to float32 by tl.maximum under the interpreter
+    # as tensors: tl.maximum rounds a bare number to float32
     floor = tl.zeros([1], tl.float64) + eps
     eps_t = tl.zeros([1], tl.float64) + eps_init
     for _ in range(0, begin):
@@ -170,7 +184,7 @@ def _iterate(
             shift = tl.zeros([ROWS], COMPUTE)
         else:
             shift = tl.minimum(largest, -a)
-            scale = LOG2E / e
+            scale = _exp2_scale(e)
             if RESIDENT:
                 z = (tl.minimum(s, -a[:, None]) - shift[:, None]) * scale[:, None]
                 total = tl.sum(tl.exp2(z), axis=1)
@@ -196,7 +210,7 @@ def _iterate(
                 next_store += base + (stored < remainder).to(tl.int32)
 
     if not RECOMPUTE:
-        scale = LOG2E / eps_t.to(COMPUTE)
+        scale = _exp2_scale(eps_t.to(COMPUTE))
         zero = dead[:, None]
         if RESIDENT:
             lam = tl.exp2(tl.minimum(s + a[:, None], 0.0) * scale[:, None])
@@ -229,9 +243,9 @@ def _last_ds(s, g, a, scale, inv_eps):
 
 
 @triton.jit
-def _clamp_mass(count, a, a_next, eps_t, log_k):
+def _clamp_mass(count, a, a_next, scale, log2_k):
     """sum over C_t of p: a count [R] times one exponential."""
-    p = tl.exp2(((a_next - a) / eps_t - log_k) * LOG2E)
+    p = tl.exp2((a_next - a) * scale - log2_k)
     return tl.where(count > 0, count.to(a.dtype) * p, 0.0)
 
 
@@ -280,7 +294,7 @@ def _backward(
     bad = final != final
     dead = final == float("-inf")
     e_last = (tl.zeros([1], tl.float64) + eps_last).to(COMPUTE)
-    scale = LOG2E / e_last
+    scale = _exp2_scale(e_last)
     a_next = _load_state(states_ptr, rows, live, n_iters, n_iters)
     inside = live[:, None] & (lanes < n_cols)[None, :]
     u = tl.zeros([1], tl.float64) + eps_above
@@ -292,19 +306,20 @@ def _backward(
         g = tl.load(grad_ptr + rows[:, None] * grad_stride + lanes[None, :], mask=inside, other=0.0).to(COMPUTE)
         n_valid = tl.sum((s > float("-inf")).to(tl.int32), axis=1)
         k = _budget(k_given, n_valid, CLAMP_K)
-        log_k = tl.log(tl.maximum(tl.where(bad | dead, 1.0, k), K_FLOOR))
+        log2_k = _log_budget(k, bad | dead) * LOG2E
         ds = _last_ds(s, g, a_next, scale, 1.0 / e_last)
         mass = tl.sum(ds, axis=1)
         for t in range(n_iters - 1, 0, -1):
             e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
+            scale_t = _exp2_scale(e)
             u = tl.where(t >= t_floor, u, u * eps_growth)
             a = _load_state(states_ptr, rows, live, t, n_iters)
             dlogk += mass * e
             free = s + a[:, None] <= 0
-            p = tl.exp2(((s + a_next[:, None]) / e[:, None] - log_k[:, None]) * LOG2E)
+            p = tl.exp2((s + a_next[:, None]) * scale_t[:, None] - log2_k[:, None])
             ds -= tl.where(free, mass[:, None] * p, 0.0)
             count = n_valid - tl.sum((free & (s > float("-inf"))).to(tl.int32), axis=1)
-            mass *= _clamp_mass(count, a, a_next, e, log_k)
+            mass *= _clamp_mass(count, a, a_next, scale_t, log2_k)
             a_next = a
         ds = tl.where(dead[:, None] | (s == float("-inf")), 0.0, ds)
         ds = tl.where(bad[:, None], float("nan"), ds)
@@ -327,18 +342,19 @@ def _backward(
                 counts += tl.where((steps == t)[None, :], count[:, None], 0)
         n_valid = tl.sum(valid_acc, axis=1)
         k = _budget(k_given, n_valid, CLAMP_K)
-        log_k = tl.log(tl.maximum(tl.where(bad | dead, 1.0, k), K_FLOOR))
+        log2_k = _log_budget(k, bad | dead) * LOG2E
         mass = tl.sum(mass_acc, axis=1)
         # masses[:, t] = A_{t+1}, the weight of iteration t
         masses = tl.zeros([ROWS, T_BLOCK], COMPUTE)
         for t in range(n_iters - 1, 0, -1):
             e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
+            scale_t = _exp2_scale(e)
             u = tl.where(t >= t_floor, u, u * eps_growth)
             a = _load_state(states_ptr, rows, live, t, n_iters)
             dlogk += mass * e
             masses = tl.where((steps == t)[None, :], mass[:, None], masses)
             count = tl.sum(tl.where((steps == t)[None, :], counts, 0), axis=1)
-            mass *= _clamp_mass(count, a, a_next, e, log_k)
+            mass *= _clamp_mass(count, a, a_next, scale_t, log2_k)
             a_next = a
         for start in range(0, n_cols, BLOCK):
             cols = start + lanes
@@ -350,10 +366,11 @@ def _backward(
             u = tl.zeros([1], tl.float64) + eps_above
             for t in range(n_iters - 1, 0, -1):
                 e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
+                scale_t = _exp2_scale(e)
                 u = tl.where(t >= t_floor, u, u * eps_growth)
                 a = _load_state(states_ptr, rows, live, t, n_iters)
                 weight = tl.sum(tl.where((steps == t)[None, :], masses, 0.0), axis=1)
-                p = tl.exp2(((s + a_next[:, None]) / e[:, None] - log_k[:, None]) * LOG2E)
+                p = tl.exp2((s + a_next[:, None]) * scale_t[:, None] - log2_k[:, None])
                 ds -= tl.where(s + a[:, None] <= 0, weight[:, None] * p, 0.0)
                 a_next = a
             ds = tl.where(dead[:, None] | (s == float("-inf")), 0.0, ds)
@@ -434,6 +451,7 @@ def _launch_iterate(
     resident = config.variant == "resident"
     rows = config.rows_per_program if resident else 1
     recompute = starts is not None
+    eps, eps_init = positive(eps, states.dtype), positive(eps_init, states.dtype)
     base, remainder = divmod(n_iters, segments)
     k_ptr, k_value, k_stride = row_value_args(k, scores)
     mask_ptr, mask_stride = mask_args(mask, scores)
@@ -496,6 +514,7 @@ def coordinate_descent_backward(
     n_rows, n_cols = scores.shape
     compute, tl_compute = compute_dtypes(scores.dtype)
     check_config("coordinate_descent", config, n_cols)
+    eps, eps_init = positive(eps, compute), positive(eps_init, compute)
     segments = states.shape[1]
     if segments < n_iters:
         starts, states = states, torch.empty((n_rows, n_iters), dtype=compute, device=scores.device)

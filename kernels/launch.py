@@ -22,6 +22,12 @@ def row_value_args(value: torch.Tensor | float, like: torch.Tensor) -> tuple[tor
     return like, float(value), 0
 
 
+def positive(value: float, dtype: torch.dtype) -> float:
+    """A number > 0 as one that is still > 0, and finite, in the compute type (1e-50 is 0 in float32)."""
+    info = torch.finfo(dtype)
+    return min(max(value, info.tiny), info.max)
+
+
 def mask_args(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Pointer and row stride of a mask; the pointer of no mask is never read."""
     if mask is None:
@@ -33,6 +39,12 @@ def check_config(op: str, config: LaunchConfig, n_cols: int) -> None:
     """Raises ValueError where a configuration cannot launch rows of ``n_cols`` scores."""
     if config.variant not in VARIANTS:
         raise ValueError(f"{op}: variant is {config.variant!r}; a Triton launch needs one of {VARIANTS}")
+    sizes = {"block": config.block}
+    if config.variant == "resident":
+        sizes["rows_per_program"] = config.rows_per_program
+    for name, size in sizes.items():
+        if size < 1 or size & (size - 1):
+            raise ValueError(f"{op}: {name} is {size}; a power of two is needed")
     if config.variant == "resident" and config.block < n_cols:
         raise ValueError(f"{op}: block is {config.block}, but a resident row of {n_cols} scores needs a block of at least {n_cols}")
 

@@ -847,8 +847,8 @@ def _died(part: _Part, status: int | None) -> _Outcome:
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes to run on: one for two cores, at most 8, on a GPU; this one on a CPU, whose kernels use all cores."""
-    return min(8, max(1, (os.cpu_count() or 2) // 2)) if device.type == "cuda" else 1
+    """Processes to run on: all cores but two, at most 8, on a GPU; this one on a CPU, whose kernels use all cores."""
+    return min(8, max(1, (os.cpu_count() or 2) - 2)) if device.type == "cuda" else 1
 
 
 def run(

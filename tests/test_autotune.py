@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from coordroute.autotune import benchmark, proof, search, space, store, timing, worker
 from coordroute.autotune import device as devices
-from coordroute.autotune import proof, search, space, store, timing, worker
 from coordroute.autotune.space import Group
 from coordroute.kernels import config as kernel_config
 from coordroute.kernels.config import Key, LaunchConfig
@@ -260,3 +260,19 @@ def test_describing_a_device():
     assert devices.device_slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-xeon-cpu-2-20ghz"
     assert devices.architecture("9.0") == "cuda 9" and devices.architecture("gfx942") == "hip gfx94"
     assert devices.architecture("x86_64") == "cpu x86_64"
+
+
+# --- benchmark -------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures_the_tuned_operators(quick, monkeypatch):
+    """In a process in which nobody has imported the front door, too."""
+    search.run("cpu", groups=[Group("soft_topk", "float32", 4, 16)])
+    asked = []
+    monkeypatch.setattr(kernel_config, "_lookup", kernel_config._nothing_tuned)
+    monkeypatch.setattr(store, "lookup", lambda device, key: asked.append(key))
+    result = benchmark.run("cpu", shapes=((4, 16),), seconds=2.0)
+    assert Key("soft_topk", "forward", "float32", 4, 16) in asked
+    ours = [row for row in result["results"] if row["implementation"] == "coordroute" and row["direction"] == "forward"]
+    assert ours and all(row["status"] == "ok" and row["median_us"] > 0 for row in ours)
+    json.dumps(result)

@@ -269,7 +269,6 @@ def evidence(*keys: dict, **changes: object) -> dict:
         "seconds": 61.0,
         "effort": "quick",
         "file": "x.json",
-        "path": "x.json",
         "resumed": 0,
         "keys": list(keys),
         "dropped": {},

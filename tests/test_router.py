@@ -264,7 +264,7 @@ def test_straight_through_gates_are_1_and_pass_the_solvers_gradient(solver: str)
     results = []
     for straight_through in (True, False):
         torch.manual_seed(3)
-        router = made(solver=solver, eps=0.5, straight_through=straight_through)
+        router = made(solver=solver, eps=5.0, straight_through=straight_through)
         y = x.clone().requires_grad_()
         routed = router(y, num_tokens=M, mask=mask)
         routed.scores.backward(g)
