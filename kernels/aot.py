@@ -111,8 +111,42 @@ def _resources(binary: bytes) -> tuple[int | None, int | None]:
     return registers, None if stack is None or local is None else stack + local
 
 
+_REGISTER = re.compile(r"%\w+")
+
+
+def lopsided_sums(ptx: str) -> int:
+    """Multiply-adds whose addend came from another thread, in PTX: fused already, or for ptxas to fuse.
+
+    A sum across threads is exchanged pairwise. If one side of it is a product that is fused with the addition, each of the two
+    threads rounds the other's product and not its own, and they go on with different sums (see ``soft_topk``).
+    """
+    foreign: set[str] = set()
+    products: set[str] = set()
+    found = 0
+    for line in ptx.splitlines():
+        operation, registers = line.strip().split(" ", 1)[0].split("\t")[0], _REGISTER.findall(line)
+        if not registers:
+            continue
+        target, *sources = registers
+        if operation.startswith("shfl"):
+            foreign.add(target)
+        elif operation.startswith("mov.b") and foreign & set(sources):
+            foreign.add(target)  # a 64-bit value comes in halves
+        elif operation.startswith("mul.f"):
+            products.add(target)
+        elif operation.startswith("fma"):
+            found += bool(foreign & set(sources))
+        elif operation.startswith(("add.f", "sub.f")):
+            found += bool(foreign & set(sources)) and bool(products & set(sources))
+    return found
+
+
+ONE_ENTRY_A_THREAD = (LaunchConfig("resident", 32, 1, 1, 1), LaunchConfig("resident", 1024, 1, 32, 1))
+"""Launches whose sums meet other threads at once, without a sum of the thread's own before."""
+
+
 def launches(dtype: str, lengths: tuple[int, ...]) -> list[tuple[str, LaunchConfig]]:
-    """(operator, configuration) that the heuristic launches for many rows of these lengths, each once."""
+    """(operator, configuration) that the heuristic launches for many rows of these lengths, each once; and one entry a thread."""
     import torch
 
     found = []
@@ -121,6 +155,7 @@ def launches(dtype: str, lengths: tuple[int, ...]) -> list[tuple[str, LaunchConf
             launch = (op, heuristic(make_key(op, "forward", getattr(torch, dtype), 1024, n), "triton"))
             if launch not in found:
                 found.append(launch)
+        found += [(op, config) for config in ONE_ENTRY_A_THREAD]
     return found
 
 
@@ -144,6 +179,7 @@ def _report(
         "spilled_bytes": spilled,
         "shared_bytes": compiled.metadata.shared,
         "binary_bytes": len(binary),
+        "lopsided_sums": lopsided_sums(compiled.asm["ptx"]) if target.backend == "cuda" else None,
     }
 
 

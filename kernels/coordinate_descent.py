@@ -130,9 +130,13 @@ def _iterate(
 ):
     """Runs iterations of the recurrence and stores a at the end of each output segment.
 
-    The forward runs them all and writes lam. RECOMPUTE runs the one segment that program_id(1) names, from its stored start.
+    The forward runs them all and writes lam. RECOMPUTE runs one segment from its stored start; program_id(0) counts the segments
+    of the first rows, then those of the next.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(0).to(tl.int64)
+    if RECOMPUTE:
+        group = group // segments
+    rows = group * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     lanes = tl.arange(0, BLOCK)
     k = _row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
@@ -154,7 +158,7 @@ def _iterate(
     largest = tl.where(easy, 0.0, largest)
 
     if RECOMPUTE:
-        segment = tl.program_id(1)
+        segment = tl.program_id(0) % segments
         begin, end = _segment_bounds(segment, base, remainder)
         n_states = n_iters
     else:
@@ -456,7 +460,7 @@ def _launch_iterate(
     k_ptr, k_value, k_stride = row_value_args(k, scores)
     mask_ptr, mask_stride = mask_args(mask, scores)
     with on_device(scores.device):
-        _iterate[(triton.cdiv(n_rows, rows), segments if recompute else 1)](
+        _iterate[(triton.cdiv(n_rows, rows) * (segments if recompute else 1),)](
             scores,
             k_ptr,
             k_value,

@@ -19,6 +19,12 @@ Backward, with g the gradient of lam and sums over the unsaturated entries U (im
 
     gbar = sum_U lam g / sum_U lam,   ds_i = lam_i (g_i - gbar) / eps,   dk = gbar,   deps = -sum_i (s_i - tau) ds_i / eps
 
+The threads of a row must hold the same threshold to the bit, for each steps its own copy of it. Sums are exchanged between
+threads pairwise, a + b in one and b + a in the other, which is the same. A product that meets such an exchange is not: the
+compiler fuses it into one multiply-add, whose product is exact in one thread and rounded in the other. So the forward sums no
+product but through a ``tl.where``, and ahead-of-time compilation looks for such instructions (kernels/aot.py). In the backward
+a thread whose gbar is an ulp off the others' rounds its own entries by that, and no more.
+
 Variants: ``resident`` keeps ``rows_per_program`` whole rows in registers; ``tiled`` re-reads one row of any length in tiles
 of ``block`` scores, once a sweep.
 """
@@ -196,7 +202,7 @@ def _forward_resident(
     smallest = tl.min(tl.where(finite, s, float("inf")), axis=1)
     below = tl.where(finite, s - largest[:, None], 0.0)
     sum1 = tl.sum(below, axis=1)
-    sum2 = tl.sum(below * below, axis=1)
+    sum2 = tl.sum(tl.where(finite, below * below, 0.0), axis=1)
     budget, safe_eps, low, high, hi, bad, full, empty = _begin(
         k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2, TOLERANCE
     )

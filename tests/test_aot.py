@@ -51,7 +51,21 @@ def test_every_variant_compiles(target: str) -> None:
         assert row["binary_bytes"] > 0
         if target.startswith("sm_"):
             assert row["registers"] > 0
+            # what threads iterate on must be the same in all of them
+            assert row["lopsided_sums"] == 0 or row["kernel"].endswith("backward"), row
             # the sizes compiled here are those of the heuristic, which must not spill in float32 and below; where the length
             # is no multiple of 16 there are more addresses to keep, and a register or two may go
             allowed = 0 if row["aligned"] else 16
             assert row["dtype"] == "float64" or row["spilled_bytes"] <= allowed, row
+
+
+def test_a_product_that_meets_another_threads_sum_is_noticed() -> None:
+    """What once gave the threads of one row thresholds an ulp of the first guess apart, on a GPU alone."""
+    from coordroute.kernels.aot import lopsided_sums
+
+    shuffle = "\tshfl.sync.bfly.b32 \t%r2, %r1, 16, 31, -1;\n"
+    assert lopsided_sums(shuffle + "\tfma.rn.f32 \t%r3, %r4, %r4, %r2;") == 1
+    assert lopsided_sums("\tmul.f32 \t%r1, %r4, %r4;\n" + shuffle + "\tadd.f32 \t%r3, %r1, %r2;") == 1
+    assert lopsided_sums(shuffle + "\tadd.f32 \t%r3, %r1, %r2;\n\tfma.rn.f32 \t%r5, %r3, %r4, %r6;") == 0
+    double = shuffle + "\tmov.b64 \t%rd1, {%r7, %r2};\n"
+    assert lopsided_sums(double + "\tfma.rn.f64 \t%rd3, %rd4, %rd4, %rd1;") == 1
