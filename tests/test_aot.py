@@ -51,8 +51,10 @@ def test_every_variant_compiles(target: str) -> None:
         assert row["binary_bytes"] > 0
         if target.startswith("sm_"):
             assert row["registers"] > 0
-            # what threads iterate on must be the same in all of them
-            assert row["lopsided_sums"] == 0 or row["kernel"].endswith("backward"), row
+            # what threads iterate on must be the same in all of them; libdevice's exp2 of a float64 ends with a product by a
+            # power of two, which is exact, fused or not
+            exact = row["kernel"] == "coordinate_descent_iterate" and row["dtype"] == "float64"
+            assert row["lopsided_sums"] == 0 or row["kernel"].endswith("backward") or exact, row
             # the sizes compiled here are those of the heuristic, which must not spill in float32 and below; where the length
             # is no multiple of 16 there are more addresses to keep, and a register or two may go
             allowed = 0 if row["aligned"] else 16

@@ -33,7 +33,8 @@ def test_every_candidate_may_be_stored_for_its_key(backend, effort):
             assert key == kernel_config.make_key(group.op, direction, getattr(torch, group.dtype), group.rows, group.n)
             found = space.candidates(key, backend, effort)
             assert found[0] == kernel_config.heuristic(key, backend)
-            assert len(found) == len(set(found)) and len(found) >= 3
+            # on a CPU there may be one thread, one row and no compiler: then there is nothing to choose
+            assert len(found) == len(set(found)) and len(found) >= (3 if backend == "triton" else 1)
             for config in found:
                 assert LaunchConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
                 if backend == "triton":
