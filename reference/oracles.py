@@ -237,16 +237,26 @@ def soft_topk_truth(s: Any, k: Any, eps: Any, mask: Any | None = None, g: Any | 
     # a score this near to tau may be taken for saturated or not: its own gradient comes or goes, and gbar moves with it
     near = np.isfinite(rows.s) & inner[:, None] & (np.abs(z) <= 16.0 * unit * (1.0 + np.abs(offset) / eps_rows)[:, None])
     jump = np.where(near, np.abs(g - gbar[:, None]), 0.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        left = np.where(near, 0.0, weight).sum(axis=1)
-        shift = np.where(jump.any(axis=1), jump.sum(axis=1) / left, 0.0)
-        slack_s = _norm((jump + np.where(near | free, lam, 0.0) * shift[:, None]) / eps_rows[:, None])
-        slack_eps = (np.abs(d) * (jump + weight * shift[:, None])).sum(axis=1) / eps_rows**2
-    slack_s, slack_eps = np.nan_to_num(slack_s, nan=np.inf), np.nan_to_num(slack_eps, nan=np.inf)
+    part = near | free
+    left = np.where(near, 0.0, weight).sum(axis=1)
+    # gbar is a mean of g whatever is saturated
+    span = np.where(part, g, -np.inf).max(axis=1, initial=-np.inf) - np.where(part, g, np.inf).min(axis=1, initial=np.inf)
+    little = left < 1e-6 * safe  # the jump of gbar is lost in the rounding of g - gbar
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        shift = np.where(little, np.inf, jump.sum(axis=1) / left)
+    shift = np.where(near.any(axis=1), np.minimum(shift, np.maximum(span, 0.0)), 0.0)
+    # where the others' mass is below what float32 holds nothing is left, and dk is 0
+    slack_k = np.where(near.any(axis=1) & (left < 1e-37), np.maximum(shift, np.abs(gbar)), shift)
+    # scores that are equal are saturated together: then the others alone see gbar move
+    highest = np.where(near, rows.s, -np.inf).max(axis=1, initial=-np.inf)
+    lowest = np.where(near, rows.s, np.inf).min(axis=1, initial=np.inf)
+    moved = np.where(part & ~(near & (highest == lowest)[:, None]), lam, 0.0) * shift[:, None]
+    slack_s = _norm((jump + moved) / eps_rows[:, None])
+    slack_eps = (np.abs(d) * (jump + moved)).sum(axis=1) / eps_rows**2
     row_nan = np.where(rows.nan, np.nan, 0.0)
     return Truth(
         lam, anchor + offset, grad_s + row_nan[:, None], gbar + row_nan, grad_eps + row_nan,
-        error_lam, _norm(entry), error_k, error_eps, slack_s, shift, slack_eps,
+        error_lam, _norm(entry), error_k, error_eps, slack_s, slack_k, slack_eps,
     )  # fmt: skip
 
 

@@ -47,8 +47,10 @@ Progress = Callable[[int, int, str, float | None], None]
 KINDS = ("soft_topk", "coordinate_descent")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-SLACK_SHARE = 0.1
-"""A row counts as left out of a gradient comparison where its kinks alone may move the gradient by more than this share."""
+SLACK_SHARE, TERMS = 0.1, 16.0
+"""A row counts as left out of a gradient comparison where its kinks alone may move the gradient by more than this share of it,
+or of the terms of which it is the sum: at a small eps they may all but cancel. The oracle's running error is some 16 roundings
+of each term."""
 
 SHRINK_SECONDS, SHRINK_SECONDS_IN_ALL = 15.0, 60.0
 """How long one counterexample, and all of an operator and dtype, are shrunk."""
@@ -357,7 +359,8 @@ def _gradients(found: Found, truth: Truth, plain: _Plain, dtype: torch.dtype) ->
         if mine is None or wanted is None:
             continue
         size = np.abs(wanted) if wanted.ndim == 1 else np.sqrt(np.sum(wanted * wanted, axis=1))
-        left_out = (slack > SLACK_SHARE * np.nan_to_num(size)) & (slack > 0)
+        scale = np.maximum(np.nan_to_num(size), error / TERMS)
+        left_out = (slack > SLACK_SHARE * scale) & (slack > 0)
         limit = compare.bound(yardstick, error, compare.storage_floor(wanted, stored), dtype) + np.where(left_out, 0.0, slack)
         yield Finding(name, compare.row_errors(mine, wanted, stored), limit, left_out)
 
