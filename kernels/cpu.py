@@ -203,8 +203,9 @@ def _scores(scores: Tensor, mask: Tensor | None, rows: slice, compute: torch.dty
     return x
 
 
-# --- compiled variants
-# ------------------------------------------------------------------------------------------------
+# --- compiled variants -----------------------------------------------------------------------------------------------
+
+_RECOMPILES = 1024
 
 _compiled: dict[tuple[Callable[..., Any], torch.dtype, bool, bool], Callable[..., Any]] = {}
 
@@ -214,12 +215,19 @@ def _inductor(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     raised, never hidden.
 
     Sizes are dynamic; only the dtype and whether there is one row, or one column, make a difference. Each such case
-    is a function of its own, for Dynamo counts recompilations by code object.
+    is a function of its own, for Dynamo counts recompilations by code object. It compiles anew for strides of the
+    caller's that it has not met, too, and its limit on that, an error here, is lifted: there are few, and each is right.
     """
     key = (function, x.dtype, x.shape[0] == 1, x.shape[1] == 1)
     if key not in _compiled:
         own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        _compiled[key] = torch.compile(own, backend="inductor", fullgraph=True, dynamic=True)
+        fused = torch.compile(own, backend="inductor", fullgraph=True, dynamic=True)
+
+        def unlimited(*arguments: Tensor) -> Any:
+            with torch._dynamo.config.patch(recompile_limit=_RECOMPILES):
+                return fused(*arguments)
+
+        _compiled[key] = unlimited
     return _compiled[key]
 
 
@@ -293,8 +301,7 @@ def _fused_previous(
     return chain * unit * clamped.to(x.dtype).sum(-1, keepdim=True)
 
 
-# --- soft_topk: the sums of a sweep
-# -------------------------------------------------------------------------------------
+# --- soft_topk: the sums of a sweep ----------------------------------------------------------------------------------
 
 
 class _EagerSums:
@@ -735,8 +742,7 @@ def _soft_backward_fused(
     return mean.double(), moment.double()
 
 
-# --- coordinate_descent
-# -----------------------------------------------------------------------------------------------
+# --- coordinate_descent ----------------------------------------------------------------------------------------------
 
 
 def _schedule(n_iters: int, eps: float, eps_init: float, eps_decay: float) -> list[float]:

@@ -406,3 +406,19 @@ def test_inductor_variant_agrees_or_raises():
     theirs = cpu.coordinate_descent_backward(g, s, wanted_states, *arguments, EAGER)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_inductor_variant_takes_strides_beyond_dynamos_limit():
+    """Each kind of view is compiled for once; more of them than Dynamo's limit are no error."""
+    config = LaunchConfig("inductor", rows_per_program=8)
+    wide, g = torch.randn(6, 4096), torch.randn(6, 60)
+    try:
+        cpu.soft_topk_forward(g, 8.5, 0.1, None, config)
+    except Exception as error:
+        pytest.skip(f"Inductor does not work here: {type(error).__name__}")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for s in (wide[:, :60], wide[:, 3:63], wide[1:, 7:67][:5], wide.view(12, 2048)[::2, :60], g[:, :59]):
+            lam, threshold = cpu.soft_topk_forward(s, 8.5, 0.1, None, config)
+            assert float((lam.sum(-1) - 8.5).abs().max()) < 1e-4
+            for grad in (g[: s.shape[0], : s.shape[1]], torch.ones(()).expand(s.shape)):
+                cpu.soft_topk_backward(grad, s, threshold, 0.1, None, config)
