@@ -1,16 +1,15 @@
-"""The torch backend's raw functions, against oracles written here in float64 and, where it is there,
-coordroute.reference."""
+"""The torch backend's raw functions, against oracles written here in float64 and those of coordroute.reference."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
 from coordroute.kernels import cpu
 from coordroute.kernels.config import LaunchConfig
+from coordroute.reference import oracles
 
 EAGER = LaunchConfig("eager", rows_per_program=4)
 DTYPES = (torch.float32, torch.float64)
@@ -120,10 +119,6 @@ def test_soft_topk_against_the_exact_solution(name, dtype):
 
 
 def test_soft_topk_uses_reference_oracle():
-    if find_spec("coordroute.reference") is None or find_spec("coordroute.reference.oracles") is None:
-        pytest.skip("coordroute.reference.oracles is not there")
-    from coordroute.reference import oracles
-
     s = torch.randn(6, 777)
     mask = torch.rand(6, 777) > 0.2
     lam, _ = cpu.soft_topk_forward(s, 50.5, 0.05, mask, EAGER)
