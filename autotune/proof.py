@@ -207,7 +207,6 @@ def check(
     op: str,
     device: torch.device,
     dtype: torch.dtype,
-    rows: int,
     n: int,
     forward: LaunchConfig,
     backward: LaunchConfig,
@@ -220,7 +219,6 @@ def check(
         op: ``"soft_topk"`` or ``"coordinate_descent"``.
         device: where it runs.
         dtype: of the scores.
-        rows: rows of the batch that is checked.
         n: length of the rows.
         forward: configuration of the forward kernel.
         backward: configuration of the backward kernel.
@@ -230,9 +228,7 @@ def check(
     from ..reference import verify
 
     backend = "triton" if device.type == "cuda" else "cpu"
-    found = verify.check_candidate(
-        operator(op, backend, forward, backward), op, device=device, dtype=dtype, rows=rows, n=n, seed=seed
-    )
+    found = verify.check_candidate(operator(op, backend, forward, backward), op, device=device, dtype=dtype, n=n, seed=seed)
     if not found["ok"]:
         return Checked(None, str(found.get("reason") or "differs from the oracle"))
     names = ("cases", "families", "max_error", "bound", "replays_bitwise", "seed")
@@ -348,7 +344,7 @@ def prove(device: torch.device, key: Key, config: LaunchConfig, partner: LaunchC
     if binary.spills and not is_default:
         return outcome("spills", f"{binary.spills} spilled at {binary.registers} registers")
     try:
-        checked = check(key.op, device, dtype, key.rows, key.n, forward, backward, binary.sha256, seed)
+        checked = check(key.op, device, dtype, key.n, forward, backward, binary.sha256, seed)
     except Exception as error:
         return outcome("wrong", f"the check raised {one_line(error)}")
     if checked.proof is None:

@@ -2,8 +2,7 @@
 
 The equations are those of the Triton kernels.
 
-``soft_topk``: ``lam_i = min(1, exp((s_i - tau)/eps))`` with the threshold tau such that ``sum(lam) = k``; bracketed
-Newton on
+``soft_topk``: ``lam_i = min(1, exp((s_i - tau)/eps))`` with the threshold tau such that ``sum(lam) = k``; bracketed Newton on
 ``log F``, ``F(tau) = sum(lam)``.
 
 ``coordinate_descent``: ``a_{t+1} = eps_t (log k - logsumexp(min(s, -a_t)/eps_t))``, one scalar a row, as published in
@@ -11,20 +10,16 @@ CoLT5-attention 0.9.0 (arXiv:2303.09752) with the row b eliminated.
 
 How it is made quick without a compiler:
 
-- Work goes in blocks of rows that stay in the cache; every buffer of a block is allocated once a call and reused in
-  place.
-- A sweep of ``soft_topk`` does not exponentiate: ``E_i = exp((s_i - anchor)/eps)`` is kept, and while tau stays
-  within half
-  an eps of the anchor a sweep only scales, compares and adds. The anchor is an unevaluated sum hi + lo, so that the
-  differences are right to the last bit wherever the scores lie.
+- Work goes in blocks of rows that stay in the cache; every buffer of a block is allocated once a call and reused in place.
+- A sweep of ``soft_topk`` does not exponentiate: ``E_i = exp((s_i - anchor)/eps)`` is kept, and while tau stays within half an
+  eps of the anchor a sweep only scales, compares and adds. The anchor is an unevaluated sum hi + lo, so that the differences
+  are right to the last bit wherever the scores lie.
 - ``exp2`` is used instead of ``exp`` (it is two to three times as fast in torch).
 - Scalars of a row (tau, brackets, logarithms) are float64 tensors of shape ``[rows, 1]``; there are few of them.
 
-Why results do not depend on the size of a block: each row's sums are over that row alone in an order that depends on
-n only
-(:func:`_row_sum`), decisions are taken row by row, and the buffers are padded so that ``exp2`` meets every element
-in its vector
-loop (:func:`_padded`; its scalar tail rounds differently).
+Why results do not depend on the size of a block: each row's sums are over that row alone in an order that depends on n only
+(:func:`_row_sum`), decisions are taken row by row, and the buffers are padded so that ``exp2`` meets every element in its
+vector loop (:func:`_padded`; its scalar tail rounds differently).
 """
 
 from __future__ import annotations

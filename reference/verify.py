@@ -483,8 +483,8 @@ PROOF_ELEMENTS = 1 << 20
 """Entries of a batch of a proof, at most."""
 
 
-def proof_cases(op: str, dtype: str, rows: int, n: int, seed: int) -> list[Case]:
-    """The cases on which a launch configuration for ``[rows, n]`` is proved.
+def proof_cases(op: str, dtype: str, n: int, seed: int) -> list[Case]:
+    """The cases on which a launch configuration for rows of ``n`` scores is proved.
 
     Lengths n, and n - 3 with a mask and tensors for k and eps; every family where the batch has room for it. The batch has as
     many rows as there are families, or fewer where rows are very long.
@@ -507,7 +507,7 @@ def proof_cases(op: str, dtype: str, rows: int, n: int, seed: int) -> list[Case]
 
 
 def check_candidate(
-    target: Target, op: str, *, device: torch.device | str, dtype: torch.dtype, rows: int, n: int, seed: int = 0
+    target: Target, op: str, *, device: torch.device | str, dtype: torch.dtype, n: int, seed: int = 0
 ) -> dict[str, Any]:
     """Proves one launch configuration: values and gradients of the cases of :func:`proof_cases`.
 
@@ -516,7 +516,7 @@ def check_candidate(
         op: "soft_topk" or "coordinate_descent".
         device: where it runs.
         dtype: of the scores.
-        rows, n: the shape that the configuration is for.
+        n: the length of rows that the configuration is for.
         seed: of the inputs.
 
     Returns:
@@ -529,7 +529,7 @@ def check_candidate(
     used: set[str] = set()
     failure = ""
     replays = True
-    for case in proof_cases(op, str(dtype).removeprefix("torch."), rows, n, seed):
+    for case in proof_cases(op, str(dtype).removeprefix("torch."), n, seed):
         cases += len(case.rows)
         used |= {family for family, _ in case.rows}
         for finding in examine(target, case, device, longest=n):
@@ -696,11 +696,15 @@ def _shrunk(target: Target, device: torch.device, first: _Failure, most: int, ex
         for part in (rows[at : at + 1], rows[max(at - 1, 0) : at + 1], rows[at : at + 2]):
             if fails(replace(first.case, rows=part)):
                 break
-        any(fails(replace(best.case, n=n)) for n in families.lengths(best.case.n)[:-1])
+        for n in families.lengths(best.case.n)[:-1]:
+            if fails(replace(best.case, n=n)):
+                break
         fails(replace(best.case, layout="contiguous"))
         fails(replace(best.case, tensor_eps=False))
         fails(replace(best.case, tensor_k=False))
-        any(fails(replace(best.case, rows=((family, 0),) * len(best.case.rows))) for family in ("normal", "uniform"))
+        for family in ("normal", "uniform"):
+            if fails(replace(best.case, rows=((family, 0),) * len(best.case.rows))):
+                break
         _explore(first.case.op, first.case.dtype, most, examples, seed, True, test)
     except (_Violation, _Enough):
         pass

@@ -137,7 +137,7 @@ def test_a_worker_that_cannot_start_is_an_error_and_no_verdict_on_candidates():
 # --- search ----------------------------------------------------------------------------------------------------------
 
 
-def fake_proof(op, device, dtype, rows, n, forward, backward, binary_sha256, seed=0):
+def fake_proof(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
     made = {"kernel_sha256": proof.kernel_sha256(op, "cpu"), "binary_sha256": None, "cases": 1, "families": ["fake"]}
     errors = {"value": 0.0, "grad_scores": 0.0, "grad_k": 0.0}
     return proof.Checked(made | {"max_error": errors, "bound": 1.0, "replays_bitwise": True, "seed": seed}, "")
@@ -211,9 +211,9 @@ def test_a_state_of_something_else_or_a_broken_one_is_not_gone_on_with(quick, tm
 
 
 def test_a_wrong_candidate_is_dropped_and_counted(quick, monkeypatch):
-    def check(op, device, dtype, rows, n, forward, backward, binary_sha256, seed=0):
+    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
         wrong = forward.num_threads == 1
-        return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, rows, n, forward, backward, None)
+        return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, n, forward, backward, None)
 
     original = space.candidates
     monkeypatch.setattr(space, "candidates", lambda key, *a: [*original(key, *a)[:1], replace(original(key, *a)[0], num_threads=1)])

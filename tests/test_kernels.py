@@ -239,17 +239,6 @@ def storage_floor(wanted: Array, dtype: torch.dtype) -> Array:
     return compare.storage_floor(wanted, dtype) * (2.0 if cut else 1.0) + (1e-37 if cut else 0.0)
 
 
-def own_error(p: Problem, d: Drawn) -> Array:
-    """How far off the oracle itself may be, relative to what it says, [R].
-
-    Its vector b, and with it the states, is right to ulps of the largest score in float64. That only shows where float64 is judged.
-    """
-    if p.op != "coordinate_descent" or p.dtype != "float64":
-        return np.zeros(len(d.k))
-    size = np.abs(np.where(d.valid & np.isfinite(d.s), d.s, 0.0)).max(axis=1, initial=0.0)
-    return 4.0 * 2.0**-53 * size / p.eps
-
-
 def judge(p: Problem, d: Drawn, found: Found) -> Array:
     """Asserts that every row is within its bound; returns which rows had a kink, [R]."""
     dtype = getattr(torch, p.dtype)
@@ -264,14 +253,12 @@ def judge(p: Problem, d: Drawn, found: Found) -> Array:
     ]
     if found.grad_eps is not None:
         table.append(("grad eps", found.grad_eps, truth.grad_eps, plain[3], truth.error_eps, truth.slack_eps, compute))
-    own = own_error(p, d)
     kinks = np.zeros(len(d.k), bool)
     for name, mine, wanted, yardstick, floor, slack, stored in table:
         assert wanted is not None
         size = np.abs(wanted) if wanted.ndim == 1 else np.sqrt(np.sum(wanted * wanted, axis=1))
         left_out = (slack > SLACK_SHARE * np.nan_to_num(size)) & (slack > 0)
         limit = compare.bound(yardstick, floor, storage_floor(wanted, stored), dtype) + np.where(left_out, 0.0, slack)
-        limit = limit + own * np.nan_to_num(size)
         error = compare.row_errors(mine, wanted)
         bad = ~(error <= limit) & ~left_out
         i = int(np.argmax(bad))

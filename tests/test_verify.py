@@ -175,7 +175,7 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize("op", verify.KINDS)
 def test_a_candidate_is_proved_with_figures_and_a_wrong_one_with_a_reason(op):
-    proof = verify.check_candidate(OURS[op], op, device="cpu", dtype=torch.float32, rows=8, n=100, seed=3)
+    proof = verify.check_candidate(OURS[op], op, device="cpu", dtype=torch.float32, n=100, seed=3)
     assert proof["ok"] and proof["reason"] == "" and proof["replays_bitwise"] and proof["seed"] == 3
     assert proof["cases"] == 2 * len(families.FAMILIES) and set(proof["families"]) == set(families.FAMILIES)
     for name in ("value", "grad_scores", "grad_k"):
@@ -184,13 +184,13 @@ def test_a_candidate_is_proved_with_figures_and_a_wrong_one_with_a_reason(op):
     def off(s, k, **rest):
         return OURS[op](Backward.apply(s, 1.001), k, **rest)
 
-    proof = verify.check_candidate(off, op, device="cpu", dtype=torch.float32, rows=8, n=100, seed=3)
+    proof = verify.check_candidate(off, op, device="cpu", dtype=torch.float32, n=100, seed=3)
     assert not proof["ok"] and "grad scores" in proof["reason"]
 
 
 def test_long_rows_are_proved_too():
     """At great lengths scores near a kink are the rule; they widen the bound by what they carry and leave nothing out."""
-    case = verify.proof_cases("coordinate_descent", "float32", 4, 65536, 0)[0]
+    case = verify.proof_cases("coordinate_descent", "float32", 65536, 0)[0]
     case = replace(case, rows=case.rows[:3])
     findings = {one.name: one for one in verify.examine(coordinate_descent, case)}
     assert findings["grad scores"].holds and not findings["grad scores"].left_out.any()

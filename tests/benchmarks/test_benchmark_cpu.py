@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("pytest_benchmark")
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark comes with the extra dev")
 
 from coordroute.autotune import device as devices
 from coordroute.autotune import store
