@@ -1,8 +1,8 @@
 """The hash that ties a proof to the kernel source it was made with.
 
 A configuration was verified for one text of one kernel. The hash covers the file of the kernel and, transitively,
-every module of ``kernels/`` that this file imports; not ``config.py``, which holds the types and the heuristic and no
-arithmetic.
+every module of ``kernels/`` that this file imports; not ``config.py``, which holds the types and the heuristic, nor
+``launcher.py``, which runs what was compiled: there is no arithmetic in them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOURCES = {
     ("coordinate_descent", "cpu"): "cpu.py",
 }
 
-_NO_ARITHMETIC = {"config.py", "__init__.py"}
+_NO_ARITHMETIC = {"config.py", "launcher.py", "__init__.py"}
 
 
 def _imported(tree: ast.Module, folder: Path) -> set[str]:

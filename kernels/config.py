@@ -9,6 +9,7 @@ A lookup must be a pure memory access: it is on the path of every call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -31,15 +32,18 @@ class LaunchConfig:
     """How one kernel is launched.
 
     Attributes:
-        variant: Triton: ``"resident"`` (rows stay in registers) or ``"tiled"`` (rows are re-read tile by tile).
-            CPU: ``"eager"`` or ``"inductor"``.
-        block: Columns a tile. For ``"resident"`` a power of two that is at least n. Unused on the CPU (0).
+        variant: Triton: ``"resident"`` (rows stay in registers), ``"split"`` (several programs share a row and exchange
+            their sums) or ``"tiled"`` (rows are re-read tile by tile). CPU: ``"eager"`` or ``"inductor"``.
+        block: Columns a tile, a power of two. For ``"resident"`` at least n. Unused on the CPU (0).
         rows_per_program: Rows a program (Triton) or rows a cache-sized block (CPU).
         num_warps: Warps a program; 0 on the CPU.
         num_stages: Software-pipelining depth of loads in loops; 0 on the CPU.
         checkpoint_segments: Segments whose start is saved for the backward of ``coordinate_descent`` at
             ``TUNED_N_ITERS`` iterations; None for ``soft_topk``.
         num_threads: CPU only: threads to use, 0 means torch's own setting.
+        programs_per_row: ``"split"`` only: programs that share a row. What one of them has of a row stays in its registers
+            where it fits its block, and is re-read tile by tile where it does not.
+        max_registers: The most registers a thread may have, so that more programs run side by side; 0 leaves it to the compiler.
     """
 
     variant: str
@@ -49,6 +53,8 @@ class LaunchConfig:
     num_stages: int = 0
     checkpoint_segments: int | None = None
     num_threads: int = 0
+    programs_per_row: int = 1
+    max_registers: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,7 +65,7 @@ class LaunchConfig:
         config = cls(**data)
         if not isinstance(config.variant, str):
             raise ValueError(f"variant is {config.variant!r}; a string is needed")
-        for name in ("block", "rows_per_program", "num_warps", "num_stages", "num_threads"):
+        for name in ("block", "rows_per_program", "num_warps", "num_stages", "num_threads", "programs_per_row", "max_registers"):
             value = getattr(config, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} is {value!r}; a whole number of at least 0 is needed")
@@ -98,6 +104,7 @@ def bucket_n(n: int) -> int:
 _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
+@functools.lru_cache(maxsize=4096)
 def make_key(op: str, direction: str, dtype: torch.dtype, rows: int, n: int) -> Key:
     """The key of a call on ``rows`` rows of ``n`` scores of ``dtype``."""
     return Key(op, direction, _DTYPE_NAMES[dtype], bucket_rows(rows), bucket_n(n))
@@ -119,6 +126,7 @@ def use_lookup(lookup: Lookup) -> None:
     _lookup = lookup
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(key: Key, backend: str) -> LaunchConfig:
     """A configuration that is right for every key, whether or not it is the fastest.
 
@@ -129,18 +137,35 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
     segments = TUNED_N_ITERS if key.op == "coordinate_descent" else None
     itemsize = 8 if key.dtype == "float64" else 4
     if backend == "cpu":
-        # a block of rows that stays in a 256 KiB share of the second-level cache
-        rows = max(1, min(256, (1 << 18) // (key.n * itemsize)))
+        # a block of rows that stays in half a MiB of the second-level cache
+        rows = max(1, min(256, (1 << 19) // (key.n * itemsize)))
         return LaunchConfig("eager", rows_per_program=rows, checkpoint_segments=segments)
-    # these numbers are such that nothing spills in float32 (kernels/aot.py): 16 scores a thread, 8 where soft_topk would
-    limit = MAX_RESIDENT_N * 2 // itemsize
-    if key.n > limit:
-        return LaunchConfig("tiled", 4096, 1, 32, 1, segments)
-    # short rows share a program
-    rows = max(1, min(256 // key.n, next_power_of_2(key.rows)))
-    per_warp = 32 * (8 if itemsize == 8 or (key.op == "soft_topk" and key.n >= 8192) else 16)
-    warps = min(max(next_power_of_2(rows * key.n // per_warp), 1), 32)
+    # nothing spills with these numbers in float32 (kernels/aot.py)
+    words = itemsize // 4
+    if key.n > MAX_RESIDENT_N // words or (key.n == MAX_RESIDENT_N // words and key.rows <= 16):
+        return _long_rows(key, segments)
+    per_thread = 16 if words == 2 or key.direction == "backward" or key.rows * key.n <= 1 << 19 else 32
+    # short rows share a program, as long as there are enough of them for all processors
+    rows = max(1, min(32 * per_thread // key.n, next_power_of_2(key.rows) // 256))
+    warps = min(max(next_power_of_2(rows * key.n // (32 * per_thread)), 1), 32)
     return LaunchConfig("resident", key.n, rows, warps, 1, segments)
+
+
+PROCESSORS = 128
+"""Multiprocessors of the GPU that the heuristic has in mind; a launch goes by the GPU's own number (launch.py)."""
+
+
+def _long_rows(key: Key, segments: int | None) -> LaunchConfig:
+    """Rows that are too long for one program, or few enough to be shared by several."""
+    if key.direction == "backward":
+        return LaunchConfig("split", 4096, 1, 8, 1, segments, programs_per_row=min(max(key.n // 4096, 1), 2048))
+    programs = PROCESSORS // key.rows
+    if programs < 2:
+        return LaunchConfig("tiled", 4096, 1, 16, 1, segments)
+    block = min(max(key.n // programs, 2048), 8192)
+    # more threads where tiles are read again than where they stay in registers
+    warps = 16 if programs * block < key.n else max(4, block // 2048)
+    return LaunchConfig("split", block, 1, warps, 1, segments, programs_per_row=min(programs, key.n // block))
 
 
 def fits(config: LaunchConfig, key: Key, n: int) -> bool:

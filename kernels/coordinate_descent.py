@@ -11,9 +11,17 @@ For t >= 1, s + b_t = min(s, -a_t), and for t = 0 it is 0, so the state of a row
 
     a_{t+1} = eps_t (log k - log sum_i exp((min(s_i, -a_t) - m)/eps_t)) - m,   m = min(max s, -a_t),   a_1 = eps_0 (log k - log n)
 
-No row of b is ever stored, and the shift m of the logsumexp needs no reduction of its own. The forward saves a_t at the end of
-each of ``segments`` segments of the iterations. The backward recomputes the others, all segments side by side, with the
-same code on the same start values, so every number of segments gives bitwise the same gradient.
+No row of b is ever stored, and the shift m of the logsumexp needs no reduction of its own. Two things are left out:
+
+- The tail. Once eps has reached its last value, exp((min(s, -a) - c)/eps) = min(w, exp((-a - c)/eps)) with the same
+  w = exp((s - c)/eps) in every iteration, as long as -a stays near c: no exponential of an entry is needed, and none for lam.
+- The quiet start. Where no entry is clamped, s_i <= -a_t for all i, a_{t+1} does not depend on a_t. That is certain for t = 1 if
+  eps_0 log(n/k) >= max s, and then for t = 2 … as long as eps_{t-1} log(n/k) + mean s >= max s (Jensen). Of the iterations
+  before the last such one nothing is computed; their states are stored as a_t = -max s, which clamps nothing either.
+
+The forward saves a_t at the end of each of ``segments`` segments of the iterations. The backward recomputes the others, all
+segments side by side, with the same code on the same start values, so every number of segments gives bitwise the same gradient.
+The segment in which the tail begins recomputes all of it; programs that share a row recompute from the start, whatever was saved.
 
 Backward, with g the gradient of lam, U_t = {s_i + a_t <= 0} (relu has gradient 0 at 0), C_t its complement:
 
@@ -22,19 +30,47 @@ Backward, with g the gradient of lam, U_t = {s_i + a_t <= 0} (relu has gradient 
                        dlogk += A_{t+1} eps_t;   ds_i -= [i in U_t] A_{t+1} p_i;   A_t = A_{t+1} sum_{C_t} p
     dlogk += A_1 eps_0;   dk = dlogk / k
 
-On C_t every p is the same number, so sum_{C_t} p is a count times one exponential.
+On C_t every p is the same number, so sum_{C_t} p is a count times one exponential; where C_t is empty, A_t and all before it are
+0 and the backward ends. In the tail p_i is the same exponential times a number of the row, and what is summed over an entry is
+that number where the entry is unclamped: ds_i = exp((s_i - c)/eps) (… - sum_t [i in U_t] B_t).
+
+Variants: ``resident`` keeps ``rows_per_program`` whole rows in registers; ``split`` lets several programs share a row, which wait
+for each other after every sweep of the forward (``rows.exchange``) and need two launches for the backward; ``tiled`` re-reads one
+row of any length in tiles of ``block`` scores, once a sweep.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import LaunchConfig
-from .launch import check_config, compute_dtypes, mask_args, on_device, positive, row_value_args
-from .soft_topk import _load_scores, _row_value
+from .config import LaunchConfig, next_power_of_2
+from .launch import (
+    check_config,
+    compile_options,
+    compute_dtypes,
+    cooperative,
+    mask_args,
+    on_device,
+    positive,
+    row_value_args,
+    tiles,
+)
+from .launcher import launch
+from .rows import SLOTS, columns, exchange, fold, load_tile, row_max, row_sum, row_sums, row_value, spread
 
 LOG2E = tl.constexpr(1.4426950408889634)
 K_FLOOR = tl.constexpr(1e-20)
+REACH = tl.constexpr(256.0)
+"""How far the threshold may move from the centre of the forward's tail: exp of the distance over eps, and its inverse."""
+SPREAD = tl.constexpr(32.0)
+"""How far apart the thresholds of a tail may lie in the backward, in units of log2, for all to share one exponential."""
+
+
+@triton.jit
+def _any(x):
+    return tl.max(x.to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -67,38 +103,56 @@ def _segment_bounds(segment, base, remainder):
 
 
 @triton.jit
-def _count_resident(s):
-    n_valid = tl.sum((s > float("-inf")).to(tl.int32), axis=1)
-    n_nan = tl.sum((s != s).to(tl.int32), axis=1)
-    largest = tl.max(tl.where(s == s, s, float("-inf")), axis=1)
-    return n_valid, n_nan, largest
-
-
-@triton.jit
-def _count_tiled(
-    scores_ptr, mask_ptr, rows, live, n_cols, stride, mask_stride,
-    HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    lanes = tl.arange(0, BLOCK)
-    valid_acc = tl.zeros([ROWS, BLOCK], tl.int32)
-    nan_acc = tl.zeros([ROWS, BLOCK], tl.int32)
-    max_acc = tl.full([ROWS, BLOCK], float("-inf"), COMPUTE)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + lanes
-        inside = live[:, None] & (cols < n_cols)[None, :]
-        s = _load_scores(scores_ptr, mask_ptr, rows, cols, inside, stride, mask_stride, HAS_MASK, COMPUTE)
-        valid_acc += (s > float("-inf")).to(tl.int32)
-        nan_acc += (s != s).to(tl.int32)
-        max_acc = tl.maximum(max_acc, tl.where(s == s, s, float("-inf")))
-    return tl.sum(valid_acc, axis=1), tl.sum(nan_acc, axis=1), tl.max(max_acc, axis=1)
-
-
-@triton.jit
 def _next_a(total, shift, eps_t, log_k):
     return eps_t * (log_k - tl.log(total)) - shift
 
 
-@triton.jit(do_not_specialize=["n_rows", "k_stride", "n_iters", "base", "remainder", "segments"])
+@triton.jit
+def _recentre(largest, a, scale):
+    """A centre c near the threshold [R], and exp((-a - c)/eps) and exp((max s - c)/eps)."""
+    centre = tl.minimum(largest, -a)
+    return centre, tl.exp2((-a - centre) * scale), tl.exp2((largest - centre) * scale)
+
+
+@triton.jit
+def _last_quiet(largest, mean, log_ratio, easy, n_iters, eps, eps_init, eps_decay):
+    """The last iteration of each row [R] up to which certainly no entry is clamped; 0 where there is none."""
+    floor = tl.full((), eps, tl.float64)
+    eps_t = tl.full((), eps_init, tl.float64)
+    room = eps_t.to(largest.dtype) * log_ratio
+    # 2^-12: far more than what rounding does to the mean
+    quiet = ~easy & (room >= largest + (tl.abs(largest) + tl.abs(room)) * 0.000244140625)
+    last = tl.zeros_like(easy.to(tl.int32))
+    t = 1
+    while (t < n_iters) & _any(quiet):
+        last = tl.where(quiet, t, last)
+        eps_t = tl.maximum(eps_t * eps_decay, floor)
+        room = eps_t.to(largest.dtype) * log_ratio
+        margin = (tl.abs(largest) + tl.abs(mean) + tl.abs(room)) * 0.000244140625
+        quiet = quiet & (room + mean >= largest + margin)
+        t += 1
+    return last
+
+
+@triton.jit
+def _over_programs(
+    words_ptr, total, part, epoch, alive,
+    COOPERATIVE: tl.constexpr, PROGRAMS: tl.constexpr, P_BLOCK: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """A sum [1] of this program's columns added up over all programs of the row, and whether that is worth anything."""
+    totals, _, _, alive = exchange(
+        words_ptr, total, tl.zeros_like(total).to(tl.int32), total, part, epoch, alive, False, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+    )
+    return tl.zeros_like(total) + tl.sum(totals, 0), alive
+
+
+@triton.jit
+def _store_state(states_ptr, rows, stored, n_states, a, bad, dead, live):
+    value = tl.where(bad, float("nan"), tl.where(dead, float("-inf"), a))
+    tl.store(states_ptr + rows * n_states + stored, value, mask=live)
+
+
+@triton.jit(do_not_specialize=["n_rows", "k_stride", "t_tail", "n_iters", "base", "remainder", "segments"])
 def _iterate(
     scores_ptr,
     k_ptr,
@@ -107,150 +161,316 @@ def _iterate(
     lam_ptr,
     starts_ptr,
     states_ptr,
+    words_ptr,
+    alive_ptr,
     n_rows,
     n_cols,
+    chunk,
     scores_stride,
     mask_stride,
     k_stride,
     eps: tl.float64,
     eps_init: tl.float64,
     eps_decay: tl.float64,
+    eps_last: tl.float64,
+    t_tail,
     n_iters,
     base,
     remainder,
     segments,
     RECOMPUTE: tl.constexpr,
-    RESIDENT: tl.constexpr,
     K_IS_TENSOR: tl.constexpr,
     CLAMP_K: tl.constexpr,
     HAS_MASK: tl.constexpr,
     COMPUTE: tl.constexpr,
+    HELD: tl.constexpr,
+    EVEN: tl.constexpr,
+    COOPERATIVE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    P_BLOCK: tl.constexpr,
+    RING: tl.constexpr,
+    REPS: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """Runs iterations of the recurrence and stores a at the end of each output segment.
 
     The forward runs them all and writes lam. RECOMPUTE runs one segment from its stored start; program_id(0) counts the segments
-    of the first rows, then those of the next.
+    of the first rows, then those of the next. PROGRAMS programs share a row, ``chunk`` columns each; HELD: these fit a tile, and
+    stay in registers. eps is the value from iteration t_tail on. Where programs share a row and are not COOPERATIVE, each says
+    whether it was alive to the end (see ``rows.exchange``).
     """
-    group = tl.program_id(0).to(tl.int64)
+    BLOCK: tl.constexpr = REPS * LANES * VEC
+    program = tl.program_id(0).to(tl.int64)
+    part = (program % PROGRAMS).to(tl.int32)
+    group = program // PROGRAMS
     if RECOMPUTE:
+        segment = (group % segments).to(tl.int32)
         group = group // segments
+        begin, stop = _segment_bounds(segment, base, remainder)
+        if HELD:
+            # the segment in which the tail begins does all of it
+            stop = tl.where(stop > t_tail, tl.where(begin > t_tail, t_tail, n_iters), stop)
+        n_states = n_iters
+    else:
+        segment = 0
+        begin = 0
+        stop = n_iters
+        n_states = segments
     rows = group * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
-    lanes = tl.arange(0, BLOCK)
-    k = _row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
-    inside = live[:, None] & (lanes < n_cols)[None, :]
-    s = tl.zeros([ROWS, BLOCK], COMPUTE)
-    if RESIDENT:
-        s = _load_scores(scores_ptr, mask_ptr, rows, lanes, inside, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-        n_valid, n_nan, largest = _count_resident(s)
-        s = tl.where(s == s, s, float("-inf"))
-    else:
-        n_valid, n_nan, largest = _count_tiled(
-            scores_ptr, mask_ptr, rows, live, n_cols, scores_stride, mask_stride, HAS_MASK, COMPUTE, ROWS, BLOCK
+    # a program's rows beyond the last repeat it, unstored
+    rows = tl.minimum(rows, n_rows - 1)
+    words_ptr += group * (RING * SLOTS * PROGRAMS)
+    start = part * chunk
+    end = tl.minimum(start + chunk, n_cols)
+    cols = columns(REPS, LANES, VEC)
+    k = row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
+
+    # --- what there is of a row
+    n_nan = tl.zeros([ROWS], tl.int32)
+    if HELD:
+        s = load_tile(
+            scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE
         )
+        valid = (s > float("-inf")).to(COMPUTE)
+        if EVEN and not HAS_MASK:
+            n_valid, total = row_sums(valid, s)
+        else:
+            n_valid, total = row_sums(valid, tl.where(s == float("-inf"), 0.0, s))
+        if _any(~(tl.abs(total) < float("inf"))):
+            n_nan = row_sum((s != s).to(tl.int32))
+            total = row_sum(tl.where(s > float("-inf"), s, 0.0))
+            largest = row_max(tl.where(s == s, s, float("-inf")))
+        else:
+            largest = row_max(s)
+    else:
+        valid_acc = tl.zeros([ROWS, LANES], tl.int32)
+        nan_acc = tl.zeros([ROWS, LANES], tl.int32)
+        total_acc = tl.zeros([ROWS, LANES], COMPUTE)
+        largest = tl.full([ROWS], float("-inf"), COMPUTE)
+        for tile in range(start, end, BLOCK):
+            s = load_tile(
+                scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE
+            )
+            valid = s > float("-inf")
+            valid_acc += fold(valid.to(tl.int32))
+            nan_acc += fold((s != s).to(tl.int32))
+            total_acc += fold(tl.where(valid, s, 0.0))
+            largest = tl.maximum(largest, row_max(tl.where(valid, s, float("-inf"))))
+        n_valid = tl.sum(valid_acc, 1).to(COMPUTE)
+        n_nan = tl.sum(nan_acc, 1)
+        total = tl.sum(total_acc, 1)
+    alive = n_rows > 0
+    epoch = part * 0 + 1
+    if PROGRAMS > 1:
+        counted = tl.where(n_nan > 0, -1, n_valid.to(tl.int32))
+        totals, counts, most, alive = exchange(
+            words_ptr, total, counted, largest, part, epoch, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+        )
+        epoch += 1
+        # back to [ROWS], which is [1] here
+        total = tl.zeros_like(total) + tl.sum(totals, 0)
+        n_nan = tl.zeros_like(n_nan) + tl.sum((counts < 0).to(tl.int32), 0)
+        n_valid = tl.zeros_like(n_valid) + tl.sum(tl.maximum(counts, 0), 0).to(COMPUTE)
+        largest = tl.zeros_like(total) + tl.max(tl.where(tl.arange(0, P_BLOCK) < PROGRAMS, most, float("-inf")), 0)
     k = _budget(k, n_valid, CLAMP_K)
     bad = (n_nan > 0) | (k != k)
     dead = ~bad & ((n_valid == 0) | (k <= 0))
     easy = bad | dead
     log_k = _log_budget(k, easy)
     largest = tl.where(easy, 0.0, largest)
+    n_valid = tl.where(easy, 1.0, n_valid)
+    mean = tl.where(tl.abs(total) < float("inf"), total / n_valid, float("-inf"))
+    quiet = _last_quiet(largest, mean, tl.log(n_valid) - log_k, easy, n_iters, eps, eps_init, eps_decay)
+    first = tl.min(tl.where(easy, n_iters - 1, quiet), 0)
 
-    if RECOMPUTE:
-        segment = tl.program_id(0) % segments
-        begin, end = _segment_bounds(segment, base, remainder)
-        n_states = n_iters
-    else:
-        segment = 0
-        begin = 0
-        end = n_iters
-        n_states = segments
+    # --- iterations at an eps of their own
     # as tensors: tl.maximum rounds a bare number to float32
-    floor = tl.zeros([1], tl.float64) + eps
-    eps_t = tl.zeros([1], tl.float64) + eps_init
+    floor = tl.full((), eps, tl.float64)
+    eps_t = tl.full((), eps_init, tl.float64)
     for _ in range(0, begin):
         eps_t = tl.maximum(eps_t * eps_decay, floor)
+    a = tl.zeros([ROWS], COMPUTE)
     if RECOMPUTE:
         a = tl.load(starts_ptr + rows * segments + (segment - 1), mask=live & (segment > 0), other=0.0)
         a = tl.where(easy, 0.0, a)
-    else:
-        a = tl.zeros([ROWS], COMPUTE)
     stored = begin
     next_store = begin + 1
     if not RECOMPUTE:
         next_store = base + (remainder > 0).to(tl.int32)
+    middle = stop
+    if HELD:
+        middle = tl.minimum(stop, t_tail)
 
-    for t in range(begin, end):
+    for t in range(begin, middle):
         e = eps_t.to(COMPUTE)
         if t == 0:
-            total = tl.where(easy, 1, n_valid).to(COMPUTE)
-            shift = tl.zeros([ROWS], COMPUTE)
-        else:
+            a = _next_a(n_valid, tl.zeros_like(n_valid), e, log_k)
+        elif t >= first:
             shift = tl.minimum(largest, -a)
             scale = _exp2_scale(e)
-            if RESIDENT:
-                z = (tl.minimum(s, -a[:, None]) - shift[:, None]) * scale[:, None]
-                total = tl.sum(tl.exp2(z), axis=1)
+            if HELD:
+                total = row_sum(tl.exp2((tl.minimum(s, spread(-a)) - spread(shift)) * scale))
             else:
-                acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-                for start in range(0, n_cols, BLOCK):
-                    cols = start + lanes
-                    within = live[:, None] & (cols < n_cols)[None, :]
-                    x = _load_scores(scores_ptr, mask_ptr, rows, cols, within, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-                    z = (tl.minimum(x, -a[:, None]) - shift[:, None]) * scale[:, None]
-                    acc += tl.exp2(z)
-                total = tl.sum(acc, axis=1)
-            total = tl.where(easy, 1.0, total)
-        a = _next_a(total, shift, e, log_k)
+                acc = tl.zeros([ROWS, LANES], COMPUTE)
+                for tile in range(start, end, BLOCK):
+                    x = load_tile(
+                        scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, mask_stride,
+                        HAS_MASK, EVEN, COMPUTE,
+                    )  # fmt: skip
+                    acc += fold(tl.exp2((tl.minimum(x, spread(-a)) - spread(shift)) * scale))
+                total = tl.sum(acc, 1)
+            if PROGRAMS > 1:
+                total, alive = _over_programs(words_ptr, total, part, epoch, alive, COOPERATIVE, PROGRAMS, P_BLOCK, RING)
+                epoch += 1
+            a = _next_a(tl.where(easy, 1.0, total), shift, e, log_k)
+        a = tl.where(t < quiet, -largest, a)
         eps_t = tl.maximum(eps_t * eps_decay, floor)
         if t + 1 == next_store:
-            value = tl.where(bad, float("nan"), tl.where(dead, float("-inf"), a))
-            tl.store(states_ptr + rows * n_states + stored, value, mask=live)
+            _store_state(states_ptr, rows, stored, n_states, a, bad, dead, live)
             stored += 1
             if RECOMPUTE:
                 next_store += 1
             else:
                 next_store += base + (stored < remainder).to(tl.int32)
 
-    if not RECOMPUTE:
-        scale = _exp2_scale(eps_t.to(COMPUTE))
-        zero = dead[:, None]
-        if RESIDENT:
-            lam = tl.exp2(tl.minimum(s + a[:, None], 0.0) * scale[:, None])
-            lam = tl.where(zero, 0.0, lam)
-            lam = tl.where(bad[:, None], float("nan"), lam)
-            tl.store(lam_ptr + rows[:, None] * n_cols + lanes[None, :], lam.to(lam_ptr.dtype.element_ty), mask=inside)
-        else:
-            for start in range(0, n_cols, BLOCK):
-                cols = start + lanes
-                within = live[:, None] & (cols < n_cols)[None, :]
-                x = _load_scores(scores_ptr, mask_ptr, rows, cols, within, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-                lam = tl.exp2(tl.minimum(x + a[:, None], 0.0) * scale[:, None])
-                lam = tl.where(zero, 0.0, lam)
-                lam = tl.where(bad[:, None], float("nan"), lam)
-                tl.store(lam_ptr + rows[:, None] * n_cols + cols[None, :], lam.to(lam_ptr.dtype.element_ty), mask=within)
+    # --- the tail, and lam: q = exp((-a - c)/eps), and as a = eps (log k - log sum) - c, the next q is sum/k
+    e = tl.full((), eps_last, tl.float64).to(COMPUTE)
+    scale = _exp2_scale(e)
+    if HELD:
+        if (not RECOMPUTE) | (stop > t_tail):
+            share = 1.0 / tl.maximum(tl.where(easy, 1.0, k), tl.zeros_like(k) + K_FLOOR)
+            centre, q, top = _recentre(largest, a, scale)
+            w = tl.exp2((s - spread(centre)) * scale)
+            for t in range(tl.maximum(begin, t_tail), stop):
+                total = row_sum(tl.minimum(w, spread(q)))
+                if PROGRAMS > 1:
+                    total, alive = _over_programs(words_ptr, total, part, epoch, alive, COOPERATIVE, PROGRAMS, P_BLOCK, RING)
+                    epoch += 1
+                total = tl.where(easy, 1.0, total)
+                q = tl.where(t < quiet, top, total * share)
+                if t + 1 == next_store:
+                    a = tl.where(t < quiet, -largest, _next_a(total, centre, e, log_k))
+                    _store_state(states_ptr, rows, stored, n_states, a, bad, dead, live)
+                    stored += 1
+                    if RECOMPUTE:
+                        next_store += 1
+                    else:
+                        next_store += base + (stored < remainder).to(tl.int32)
+                near = tl.minimum(q, top)
+                far = (near > REACH) | (near * REACH < 1.0)
+                if _any(far):
+                    a = tl.where(t < quiet, -largest, _next_a(total, centre, e, log_k))
+                    moved, new_q, new_top = _recentre(largest, a, scale)
+                    centre = tl.where(far, moved, centre)
+                    q = tl.where(far, new_q, q)
+                    top = tl.where(far, new_top, top)
+                    x = load_tile(
+                        scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride,
+                        HAS_MASK, EVEN, COMPUTE,
+                    )  # fmt: skip
+                    w = tl.exp2((x - spread(centre)) * scale)
+            if not RECOMPUTE:
+                lam = tl.minimum(w * spread(1.0 / q), 1.0)
+                if _any(easy):
+                    lam = tl.where(spread(dead), 0.0, lam)
+                    lam = tl.where(spread(bad), float("nan"), lam)
+                inside = spread(live) if EVEN else spread(live) & (start + cols < end)
+                tl.store(lam_ptr + spread(rows * n_cols) + start + cols, lam.to(lam_ptr.dtype.element_ty), mask=inside)
+    elif not RECOMPUTE:
+        for tile in range(start, end, BLOCK):
+            within = tile + cols < end
+            x = load_tile(scores_ptr, mask_ptr, rows, tile + cols, within, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
+            lam = tl.exp2(tl.minimum(x + spread(a), 0.0) * scale)
+            lam = tl.where(spread(dead), 0.0, lam)
+            lam = tl.where(spread(bad), float("nan"), lam)
+            inside = spread(live) if EVEN else spread(live) & within
+            tl.store(lam_ptr + spread(rows * n_cols) + tile + cols, lam.to(lam_ptr.dtype.element_ty), mask=inside)
+    if PROGRAMS > 1 and not COOPERATIVE:
+        tl.store(alive_ptr + rows * PROGRAMS + part, alive.to(tl.int32) + tl.zeros([ROWS], tl.int32), mask=live)
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _load_state(states_ptr, rows, live, t, n_iters):
     """a_t [R] for 1 <= t <= n_iters; 0 for a row that is NaN or has nothing to route."""
-    a = tl.load(states_ptr + rows * n_iters + (t - 1), mask=live, other=0.0)
+    a = tl.load(states_ptr + rows * n_iters + (t - 1), mask=live & (t > 0), other=0.0)
     return tl.where((a == a) & (a > float("-inf")), a, 0.0)
 
 
 @triton.jit
-def _last_ds(s, g, a, scale, inv_eps):
-    """[i in U_T] g_i lam_i / eps_T, [R, BLOCK]; a masked entry has no part in it, whatever its g."""
-    lam = tl.where(s + a[:, None] <= 0, tl.exp2(tl.minimum(s + a[:, None], 0.0) * scale[:, None]), 0.0)
-    return tl.where(lam > 0, lam * g * inv_eps[:, None], 0.0)
+def _load_both(
+    scores_ptr, grad_ptr, mask_ptr, rows, cols, inside, scores_stride, grad_stride, mask_stride,
+    HAS_MASK: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    s = load_tile(scores_ptr, mask_ptr, rows, cols, inside, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
+    at = grad_ptr + spread(rows * grad_stride) + cols
+    g = tl.load(at).to(COMPUTE) if EVEN else tl.load(at, mask=inside, other=0.0).to(COMPUTE)
+    return s, g
+
+
+@triton.jit
+def _tail_exp(s, centre, scale):
+    """exp((s - c)/eps_T) where an entry is unclamped anywhere in the tail; 1 elsewhere."""
+    return tl.exp2(tl.minimum(s - spread(centre), 0.0) * scale)
+
+
+@triton.jit
+def _last_weight(s, g, w, a_last, centre, scale, inv_eps):
+    """[i in U_T] g_i lam_i / eps_T over w; an entry of no weight has no part in it, whatever its g."""
+    factor = tl.exp2((a_last + centre) * scale) * inv_eps
+    return tl.where((s <= spread(-a_last)) & (w > 0), g * spread(factor), 0.0)
 
 
 @triton.jit
 def _clamp_mass(count, a, a_next, scale, log2_k):
     """sum over C_t of p: a count [R] times one exponential."""
-    p = tl.exp2((a_next - a) * scale - log2_k)
-    return tl.where(count > 0, count.to(a.dtype) * p, 0.0)
+    return tl.where(count > 0, count * tl.exp2((a_next - a) * scale - log2_k), 0.0)
+
+
+@triton.jit
+def _tail_weight(mass, a_next, centre, scale, log2_k):
+    """A_{t+1} p_i over exp((s_i - c)/eps)."""
+    return tl.where(mass != 0, mass * tl.exp2((a_next + centre) * scale - log2_k), 0.0)
+
+
+@triton.jit
+def _subtract(ds, s, a, a_next, scale, log2_k, mass):
+    """ds - [i in U_t] A_{t+1} p."""
+    free = tl.where(s <= spread(-a), s, float("-inf"))
+    return ds - spread(mass) * tl.exp2((free + spread(a_next)) * scale - spread(log2_k))
+
+
+@triton.jit
+def _store_ds(dscores_ptr, rows, n_cols, cols, s, ds, bad, dead, inside):
+    ds = tl.where(s > float("-inf"), ds, 0.0)
+    if _any(bad | dead):
+        ds = tl.where(spread(dead), 0.0, ds)
+        ds = tl.where(spread(bad), float("nan"), ds)
+    tl.store(dscores_ptr + spread(rows * n_cols) + cols, ds.to(dscores_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_dk(dk_ptr, rows, dlogk, k, k_given, n_valid, bad, dead, live, CLAMP_K: tl.constexpr):
+    inner = k >= K_FLOOR
+    if CLAMP_K:
+        inner = inner & (k_given <= n_valid)
+    dk = tl.where(dead | ~inner, 0.0, dlogk / tl.where(inner, k, 1.0))
+    tl.store(dk_ptr + rows, tl.where(bad, float("nan"), dk), mask=live)
+
+
+@triton.jit
+def _tail_centre(a_last, a_tail, scale, n_iters, t_tail):
+    """Where the exponential of the tail is centred [R], and whether its thresholds lie close enough for one to do.
+
+    They move one way only, so that the first and the last are the extremes.
+    """
+    tail = (t_tail < n_iters) & (tl.abs(a_last - a_tail) * scale <= SPREAD)
+    return tl.where(tail, tl.maximum(-a_last, -a_tail), -a_last), tail
 
 
 @triton.jit(do_not_specialize=["n_rows", "k_stride", "t_floor", "n_iters"])
@@ -276,118 +496,270 @@ def _backward(
     eps_last: tl.float64,
     t_floor,
     n_iters,
-    RESIDENT: tl.constexpr,
     K_IS_TENSOR: tl.constexpr,
     CLAMP_K: tl.constexpr,
     HAS_MASK: tl.constexpr,
     COMPUTE: tl.constexpr,
+    EVEN: tl.constexpr,
+    REPS: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    T_BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
 ):
-    """One reduction for A_T, one count an iteration, and the elementwise sum over the iterations.
+    """One reduction for A_T and one count an iteration, of rows that stay in registers.
 
     The schedule is walked backwards: eps from iteration t_floor on, before it eps_above (the last one above the floor)
     growing by eps_growth = 1/eps_decay a step.
     """
+    BLOCK: tl.constexpr = REPS * LANES * VEC
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
-    lanes = tl.arange(0, BLOCK)
-    k_given = _row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
-    final = tl.load(states_ptr + rows * n_iters + (n_iters - 1), mask=live, other=float("-inf"))
+    rows = tl.minimum(rows, n_rows - 1)
+    cols = columns(REPS, LANES, VEC)
+    inside = cols < n_cols
+    k_given = row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
+    final = tl.load(states_ptr + rows * n_iters + (n_iters - 1))
     bad = final != final
     dead = final == float("-inf")
-    e_last = (tl.zeros([1], tl.float64) + eps_last).to(COMPUTE)
-    scale = _exp2_scale(e_last)
+    t_tail = tl.maximum(t_floor, 1)
     a_next = _load_state(states_ptr, rows, live, n_iters, n_iters)
-    inside = live[:, None] & (lanes < n_cols)[None, :]
-    u = tl.zeros([1], tl.float64) + eps_above
-    floor = tl.zeros([1], tl.float64) + eps
+    a_tail = _load_state(states_ptr, rows, live, tl.minimum(t_tail, n_iters), n_iters)
+    s, g = _load_both(
+        scores_ptr, grad_ptr, mask_ptr, rows, cols, inside, scores_stride, grad_stride, mask_stride, HAS_MASK, EVEN, COMPUTE
+    )
+    e = tl.full((), eps_last, tl.float64).to(COMPUTE)
+    scale = _exp2_scale(e)
+    centre, tail = _tail_centre(a_next, a_tail, scale, n_iters, t_tail)
+    w = _tail_exp(s, centre, scale)
+    ds = _last_weight(s, g, w, a_next, centre, scale, 1.0 / e)
+    product = w * ds
+    if REPS == 1:
+        # a small tile may have one entry a thread: no product may meet another thread's sum, see rows.py
+        product = tl.where(w > 0, product, 0.0)
+    n_valid = k_given
+    if CLAMP_K:
+        mass, n_valid = row_sums(product, (s > float("-inf")).to(COMPUTE))
+    else:
+        mass = row_sum(product)
+    mass = tl.where(bad | dead, 0.0, mass)
+    k = _budget(k_given, n_valid, CLAMP_K)
+    log2_k = _log_budget(k, bad | dead) * LOG2E
     dlogk = tl.zeros([ROWS], COMPUTE)
 
-    if RESIDENT:
-        s = _load_scores(scores_ptr, mask_ptr, rows, lanes, inside, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-        g = tl.load(grad_ptr + rows[:, None] * grad_stride + lanes[None, :], mask=inside, other=0.0).to(COMPUTE)
-        n_valid = tl.sum((s > float("-inf")).to(tl.int32), axis=1)
-        k = _budget(k_given, n_valid, CLAMP_K)
-        log2_k = _log_budget(k, bad | dead) * LOG2E
-        ds = _last_ds(s, g, a_next, scale, 1.0 / e_last)
-        mass = tl.sum(ds, axis=1)
-        for t in range(n_iters - 1, 0, -1):
-            e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
-            scale_t = _exp2_scale(e)
-            u = tl.where(t >= t_floor, u, u * eps_growth)
-            a = _load_state(states_ptr, rows, live, t, n_iters)
-            dlogk += mass * e
-            free = s + a[:, None] <= 0
-            p = tl.exp2((s + a_next[:, None]) * scale_t[:, None] - log2_k[:, None])
-            ds -= tl.where(free, mass[:, None] * p, 0.0)
-            count = n_valid - tl.sum((free & (s > float("-inf"))).to(tl.int32), axis=1)
-            mass *= _clamp_mass(count, a, a_next, scale_t, log2_k)
-            a_next = a
-        ds = tl.where(dead[:, None] | (s == float("-inf")), 0.0, ds)
-        ds = tl.where(bad[:, None], float("nan"), ds)
-        tl.store(dscores_ptr + rows[:, None] * n_cols + lanes[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside)
-    else:
-        steps = tl.arange(0, T_BLOCK)
+    # --- the tail: ds is over w
+    t = n_iters - 1
+    a = _load_state(states_ptr, rows, live, t, n_iters)
+    going = _any(mass != 0)
+    while (t >= t_tail) & going:
+        a_before = _load_state(states_ptr, rows, live, t - 1, n_iters)
+        free = (s <= spread(-a)).to(COMPUTE)
+        weight = tl.where(tail, mass, 0.0)
+        dlogk += weight * e
+        ds -= free * spread(_tail_weight(weight, a_next, centre, scale, log2_k))
+        count = BLOCK - row_sum(free)
+        mass = tl.where(tail, mass * _clamp_mass(count, a, a_next, scale, log2_k), mass)
+        a_next = tl.where(tail, a, a_next)
+        a = a_before
+        t -= 1
+        going = _any(mass != 0)
+    # a centre that the compiler does not know to be the same: an exponential more is cheaper than to keep w
+    ds *= _tail_exp(s, tl.where(t < n_iters, centre, 0.0), scale)
+
+    # --- before it, or in place of it
+    if (t_tail < n_iters) & _any(~tail):
+        t = n_iters - 1
+        a = _load_state(states_ptr, rows, live, t, n_iters)
+    u = tl.full((), eps_above, tl.float64)
+    floor = tl.full((), eps, tl.float64)
+    while (t >= 1) & going:
+        a_before = _load_state(states_ptr, rows, live, t - 1, n_iters)
+        e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
+        scale = _exp2_scale(e)
+        u = tl.where(t >= t_floor, u, u * eps_growth)
+        on = (t < t_tail) | ~tail
+        weight = tl.where(on, mass, 0.0)
+        dlogk += weight * e
+        # compared once more: cheaper than to keep what the update finds
+        count = row_sum((s > spread(-a)).to(COMPUTE))
+        ds = _subtract(ds, s, a, a_next, scale, log2_k, weight)
+        mass = tl.where(on, mass * _clamp_mass(count, a, a_next, scale, log2_k), mass)
+        a_next = tl.where(on, a, a_next)
+        a = a_before
+        t -= 1
+        going = _any(mass != 0)
+    _store_ds(dscores_ptr, rows, n_cols, cols, s, ds, bad, dead, spread(live) if EVEN else spread(live) & inside)
+    dlogk += mass * tl.full((), eps_init, tl.float64).to(COMPUTE)
+    _store_dk(dk_ptr, rows, dlogk, k, k_given, n_valid, bad, dead, live, CLAMP_K)
+
+
+SUMS, APPLY = tl.constexpr(0), tl.constexpr(1)
+"""The two launches of the backward of rows that are shared or re-read: the sums of each program, then the rest."""
+
+
+@triton.jit
+def _at(values, steps, t):
+    """values[:, t], [R] of [R, T_BLOCK]."""
+    return tl.sum(tl.where((steps == t)[None, :], values, tl.zeros_like(values)), 1)
+
+
+@triton.jit(do_not_specialize=["n_rows", "k_stride", "t_floor", "n_iters"])
+def _backward_shared(
+    grad_ptr,
+    scores_ptr,
+    states_ptr,
+    k_ptr,
+    k_value: tl.float64,
+    mask_ptr,
+    dscores_ptr,
+    dk_ptr,
+    sums_ptr,
+    n_rows,
+    n_cols,
+    chunk,
+    grad_stride,
+    scores_stride,
+    mask_stride,
+    k_stride,
+    eps: tl.float64,
+    eps_init: tl.float64,
+    eps_above: tl.float64,
+    eps_growth: tl.float64,
+    eps_last: tl.float64,
+    t_floor,
+    n_iters,
+    K_IS_TENSOR: tl.constexpr,
+    CLAMP_K: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PHASE: tl.constexpr,
+    HELD: tl.constexpr,
+    EVEN: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    P_BLOCK: tl.constexpr,
+    P_TILE: tl.constexpr,
+    T_BLOCK: tl.constexpr,
+    REPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """The same for a row that PROGRAMS programs share, ``chunk`` columns each, or that one re-reads in tiles; ROWS is 1.
+
+    sums [rows, PROGRAMS, T_BLOCK] holds of every program the number of valid entries, the number of clamped ones at iterations
+    1 … T-1, and its part of A_T at T. Each program of the second launch adds them up, walks the chain of the A_t for itself and
+    applies it to its columns.
+    """
+    BLOCK: tl.constexpr = REPS * LANES * VEC
+    program = tl.program_id(0).to(tl.int64)
+    part = (program % PROGRAMS).to(tl.int32)
+    rows = program // PROGRAMS + tl.arange(0, ROWS)
+    live = rows < n_rows
+    start = part * chunk
+    end = tl.minimum(start + chunk, n_cols)
+    cols = columns(REPS, LANES, VEC)
+    steps = tl.arange(0, T_BLOCK)
+    final = tl.load(states_ptr + rows * n_iters + (n_iters - 1))
+    bad = final != final
+    dead = final == float("-inf")
+    t_tail = tl.maximum(t_floor, 1)
+    a_last = _load_state(states_ptr, rows, live, n_iters, n_iters)
+    a_tail = _load_state(states_ptr, rows, live, tl.minimum(t_tail, n_iters), n_iters)
+    e_last = tl.full((), eps_last, tl.float64).to(COMPUTE)
+    last_scale = _exp2_scale(e_last)
+    centre, tail = _tail_centre(a_last, a_tail, last_scale, n_iters, t_tail)
+
+    if PHASE == SUMS:
         counts = tl.zeros([ROWS, T_BLOCK], tl.int32)
-        valid_acc = tl.zeros([ROWS, BLOCK], tl.int32)
-        mass_acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-        for start in range(0, n_cols, BLOCK):
-            cols = start + lanes
-            within = live[:, None] & (cols < n_cols)[None, :]
-            s = _load_scores(scores_ptr, mask_ptr, rows, cols, within, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-            g = tl.load(grad_ptr + rows[:, None] * grad_stride + cols[None, :], mask=within, other=0.0).to(COMPUTE)
-            valid_acc += (s > float("-inf")).to(tl.int32)
-            mass_acc += _last_ds(s, g, a_next, scale, 1.0 / e_last)
-            for t in range(1, n_iters):
+        valid_acc = tl.zeros([ROWS, LANES], tl.int32)
+        mass_acc = tl.zeros([ROWS, LANES], COMPUTE)
+        for tile in range(start, end, BLOCK):
+            s, g = _load_both(
+                scores_ptr, grad_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, grad_stride, mask_stride,
+                HAS_MASK, EVEN, COMPUTE,
+            )  # fmt: skip
+            valid_acc += fold((s > float("-inf")).to(tl.int32))
+            w = _tail_exp(s, centre, last_scale)
+            mass_acc += fold(w * _last_weight(s, g, w, a_last, centre, last_scale, 1.0 / e_last))
+            # two counts an exchange between the threads
+            for t in range(1, n_iters, 2):
                 a = _load_state(states_ptr, rows, live, t, n_iters)
-                count = tl.sum((s + a[:, None] > 0).to(tl.int32), axis=1)
-                counts += tl.where((steps == t)[None, :], count[:, None], 0)
-        n_valid = tl.sum(valid_acc, axis=1)
+                b = _load_state(states_ptr, rows, live, t + 1, n_iters)
+                one, two = row_sums((s > spread(-a)).to(COMPUTE), (s > spread(-b)).to(COMPUTE))
+                counts += tl.where((steps == t)[None, :], one.to(tl.int32)[:, None], 0)
+                counts += tl.where((steps == t + 1)[None, :], two.to(tl.int32)[:, None], 0)
+        n_valid = tl.sum(valid_acc, 1).to(COMPUTE)
+        mass = tl.sum(mass_acc, 1)
+        sums = tl.where((steps == 0)[None, :], n_valid[:, None], counts.to(COMPUTE))
+        sums = tl.where((steps == n_iters)[None, :], mass[:, None], sums)
+        tl.store(sums_ptr + (rows[:, None] * PROGRAMS + part) * T_BLOCK + steps[None, :], sums, mask=live[:, None])
+    else:
+        k_given = row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
+        if HELD:
+            s, g = _load_both(
+                scores_ptr, grad_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, grad_stride, mask_stride,
+                HAS_MASK, EVEN, COMPUTE,
+            )  # fmt: skip
+        sums = tl.zeros([ROWS, T_BLOCK], COMPUTE)
+        for begin in range(0, PROGRAMS, P_TILE):
+            parts = begin + tl.arange(0, P_TILE)[None, :, None]
+            at = sums_ptr + (rows[:, None, None] * PROGRAMS + parts) * T_BLOCK + steps[None, None, :]
+            sums += tl.sum(tl.load(at, mask=live[:, None, None] & (parts < PROGRAMS), other=0.0), 1)
+        n_valid = _at(sums, steps, 0)
+        mass = tl.where(bad | dead, 0.0, _at(sums, steps, n_iters))
         k = _budget(k_given, n_valid, CLAMP_K)
         log2_k = _log_budget(k, bad | dead) * LOG2E
-        mass = tl.sum(mass_acc, axis=1)
-        # masses[:, t] = A_{t+1}, the weight of iteration t
+        dlogk = tl.zeros([ROWS], COMPUTE)
+
+        # --- the chain: masses[:, t] = A_{t+1}, the weight of iteration t
         masses = tl.zeros([ROWS, T_BLOCK], COMPUTE)
-        for t in range(n_iters - 1, 0, -1):
+        u = tl.full((), eps_above, tl.float64)
+        floor = tl.full((), eps, tl.float64)
+        a_next = a_last
+        t = n_iters - 1
+        going = _any(mass != 0)
+        while (t >= 1) & going:
             e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
-            scale_t = _exp2_scale(e)
             u = tl.where(t >= t_floor, u, u * eps_growth)
             a = _load_state(states_ptr, rows, live, t, n_iters)
             dlogk += mass * e
             masses = tl.where((steps == t)[None, :], mass[:, None], masses)
-            count = tl.sum(tl.where((steps == t)[None, :], counts, 0), axis=1)
-            mass *= _clamp_mass(count, a, a_next, scale_t, log2_k)
+            mass *= _clamp_mass(_at(sums, steps, t), a, a_next, _exp2_scale(e), log2_k)
             a_next = a
-        for start in range(0, n_cols, BLOCK):
-            cols = start + lanes
-            within = live[:, None] & (cols < n_cols)[None, :]
-            s = _load_scores(scores_ptr, mask_ptr, rows, cols, within, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-            g = tl.load(grad_ptr + rows[:, None] * grad_stride + cols[None, :], mask=within, other=0.0).to(COMPUTE)
-            a_next = _load_state(states_ptr, rows, live, n_iters, n_iters)
-            ds = _last_ds(s, g, a_next, scale, 1.0 / e_last)
-            u = tl.zeros([1], tl.float64) + eps_above
-            for t in range(n_iters - 1, 0, -1):
+            t -= 1
+            going = _any(mass != 0)
+        last = t
+        dlogk += mass * tl.full((), eps_init, tl.float64).to(COMPUTE)
+
+        # --- the gradient
+        shared = _any(tail)
+        for tile in range(start, end, BLOCK):
+            if not HELD:
+                s, g = _load_both(
+                    scores_ptr, grad_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, grad_stride,
+                    mask_stride, HAS_MASK, EVEN, COMPUTE,
+                )  # fmt: skip
+            w = _tail_exp(s, centre, last_scale)
+            ds = _last_weight(s, g, w, a_last, centre, last_scale, 1.0 / e_last)
+            a_next = a_last
+            t = n_iters - 1
+            while (t >= t_tail) & (t > last) & shared:
+                a = _load_state(states_ptr, rows, live, t, n_iters)
+                free = (s <= spread(-a)).to(COMPUTE)
+                ds -= free * spread(_tail_weight(_at(masses, steps, t), a_next, centre, last_scale, log2_k))
+                a_next = a
+                t -= 1
+            ds *= w
+            u = tl.full((), eps_above, tl.float64)
+            while t > last:
                 e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
-                scale_t = _exp2_scale(e)
                 u = tl.where(t >= t_floor, u, u * eps_growth)
                 a = _load_state(states_ptr, rows, live, t, n_iters)
-                weight = tl.sum(tl.where((steps == t)[None, :], masses, 0.0), axis=1)
-                p = tl.exp2((s + a_next[:, None]) * scale_t[:, None] - log2_k[:, None])
-                ds -= tl.where(s + a[:, None] <= 0, weight[:, None] * p, 0.0)
+                ds = _subtract(ds, s, a, a_next, _exp2_scale(e), log2_k, _at(masses, steps, t))
                 a_next = a
-            ds = tl.where(dead[:, None] | (s == float("-inf")), 0.0, ds)
-            ds = tl.where(bad[:, None], float("nan"), ds)
-            tl.store(dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=within)
-
-    e_first = (tl.zeros([1], tl.float64) + eps_init).to(COMPUTE)
-    dlogk += mass * e_first
-    inner = k >= K_FLOOR
-    if CLAMP_K:
-        inner = inner & (k_given <= n_valid.to(k.dtype))
-    dk = tl.where(dead | ~inner, 0.0, dlogk / tl.where(inner, k, 1.0))
-    tl.store(dk_ptr + rows, tl.where(bad, float("nan"), dk), mask=live)
+                t -= 1
+            inside = spread(live) if EVEN else spread(live) & (tile + cols < end)
+            _store_ds(dscores_ptr, rows, n_cols, tile + cols, s, ds, bad, dead, inside)
+        _store_dk(dk_ptr, rows, dlogk, k, k_given, n_valid, bad, dead, live & (part == 0), CLAMP_K)
 
 
 def eps_schedule(n_iters: int, eps: float, eps_init: float, eps_decay: float) -> list[float]:
@@ -396,6 +768,20 @@ def eps_schedule(n_iters: int, eps: float, eps_init: float, eps_decay: float) ->
     for _ in range(n_iters):
         schedule.append(max(schedule[-1] * eps_decay, eps))
     return schedule
+
+
+@functools.lru_cache(maxsize=256)
+def _landmarks(n_iters: int, eps: float, eps_init: float, eps_decay: float) -> tuple[float, float, float, int]:
+    """What the kernels know of a schedule: its floor, the last eps above it, eps_T, and the iteration it is at the floor from.
+
+    The floor is the value that eps ends with and keeps; the iteration is T where there is none.
+    """
+    schedule = eps_schedule(n_iters, eps, eps_init, eps_decay)
+    floor = eps_init if eps_decay == 1.0 else eps
+    t_floor = n_iters
+    while t_floor > 0 and schedule[t_floor - 1] == floor:
+        t_floor -= 1
+    return floor, schedule[max(t_floor - 1, 0)], schedule[n_iters], t_floor
 
 
 def coordinate_descent_forward(
@@ -424,7 +810,8 @@ def coordinate_descent_forward(
 
     Returns:
         lam [R, n], contiguous, in the scores' dtype, and the states [R, segments] in the compute type: a at the end of each
-        segment, the last one a_T; -inf in a row with no budget or no valid entry, NaN in a NaN row.
+        segment, the last one a_T; minus the largest score where nothing depends on it; -inf in a row with no budget or no valid
+        entry, NaN in a NaN row.
     """
     n_rows, n_cols = scores.shape
     compute, _ = compute_dtypes(scores.dtype)
@@ -452,15 +839,28 @@ def _launch_iterate(
     """The forward, or with ``starts`` [R, segments] the recomputation of all states [R, T] from them."""
     n_rows, n_cols = scores.shape
     check_config("coordinate_descent", config, n_cols)
-    resident = config.variant == "resident"
-    rows = config.rows_per_program if resident else 1
+    shape = tiles(config, scores)
+    shared = shape.programs > 1
     recompute = starts is not None
+    if recompute and shared:
+        # as many programs as run side by side work on the rows already: one segment, from the start
+        segments = 1
     eps, eps_init = positive(eps, states.dtype), positive(eps_init, states.dtype)
+    floor, _, eps_last, t_floor = _landmarks(n_iters, eps, eps_init, eps_decay)
     base, remainder = divmod(n_iters, segments)
     k_ptr, k_value, k_stride = row_value_args(k, scores)
     mask_ptr, mask_stride = mask_args(mask, scores)
-    with on_device(scores.device):
-        _iterate[(triton.cdiv(n_rows, rows) * (segments if recompute else 1),)](
+    stepwise = shared and not cooperative(scores.device)
+    ring = n_iters + 2 if stepwise else 2
+    words = torch.zeros((n_rows, ring, SLOTS.value, shape.programs), dtype=torch.int64, device=scores.device) if shared else states
+    alive = torch.zeros((n_rows, shape.programs), dtype=torch.int32, device=scores.device) if stepwise else states
+
+    grid = (-(-n_rows // shape.rows) * (segments if recompute else 1) * shape.programs,)
+
+    def iterate() -> None:
+        launch(
+            _iterate,
+            grid,
             scores,
             k_ptr,
             k_value,
@@ -468,29 +868,46 @@ def _launch_iterate(
             lam,
             starts if starts is not None else states,
             states,
+            words,
+            alive,
             n_rows,
             n_cols,
+            shape.chunk,
             scores.stride(0),
             mask_stride,
             k_stride,
-            eps,
+            floor,
             eps_init,
             eps_decay,
+            eps_last,
+            max(t_floor, 1),
             n_iters,
             base,
             remainder,
             segments,
             RECOMPUTE=recompute,
-            RESIDENT=resident,
             K_IS_TENSOR=isinstance(k, torch.Tensor),
             CLAMP_K=clamp_k,
             HAS_MASK=mask is not None,
             COMPUTE=compute_dtypes(scores.dtype)[1],
-            ROWS=rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            HELD=shape.held,
+            EVEN=shape.even,
+            COOPERATIVE=shared and not stepwise,
+            PROGRAMS=shape.programs,
+            P_BLOCK=next_power_of_2(shape.programs),
+            RING=ring,
+            REPS=shape.reps,
+            ROWS=shape.rows,
+            LANES=shape.lanes,
+            VEC=shape.vec,
+            **compile_options(config),
+            **({"launch_cooperative_grid": True} if shared and not stepwise else {}),
         )
+
+    with on_device(scores.device):
+        iterate()
+        while stepwise and not bool(alive.all()):
+            iterate()
 
 
 def coordinate_descent_backward(
@@ -525,46 +942,49 @@ def coordinate_descent_backward(
         _launch_iterate(scores, k, mask, n_iters, eps, eps_init, eps_decay, clamp_k, segments, config, states, states, starts)
     dscores = torch.empty((n_rows, n_cols), dtype=scores.dtype, device=scores.device)
     dk = torch.empty((n_rows,), dtype=compute, device=scores.device)
-    resident = config.variant == "resident"
-    rows = config.rows_per_program if resident else 1
-    schedule = eps_schedule(n_iters, eps, eps_init, eps_decay)
-    t_floor = n_iters
-    while t_floor > 0 and schedule[t_floor - 1] == eps:
-        t_floor -= 1
+    shape = tiles(config, scores, side_by_side=False)
+    floor, eps_above, eps_last, t_floor = _landmarks(n_iters, eps, eps_init, eps_decay)
     k_ptr, k_value, k_stride = row_value_args(k, scores)
     mask_ptr, mask_stride = mask_args(mask, scores)
+    pointers = (grad, scores, states, k_ptr, k_value, mask_ptr, dscores, dk)
+    strides = (grad.stride(0), scores.stride(0), mask_stride, k_stride)
+    schedule = (floor, eps_init, eps_above, 1.0 / eps_decay, eps_last, t_floor, n_iters)
+    constants = {
+        "K_IS_TENSOR": isinstance(k, torch.Tensor),
+        "CLAMP_K": clamp_k,
+        "HAS_MASK": mask is not None,
+        "COMPUTE": tl_compute,
+        "EVEN": shape.even,
+        "REPS": shape.reps,
+        "ROWS": shape.rows,
+        "LANES": shape.lanes,
+        "VEC": shape.vec,
+        **compile_options(config),
+    }
     with on_device(scores.device):
-        _backward[(triton.cdiv(n_rows, rows),)](
-            grad,
-            scores,
-            states,
-            k_ptr,
-            k_value,
-            mask_ptr,
-            dscores,
-            dk,
-            n_rows,
-            n_cols,
-            grad.stride(0),
-            scores.stride(0),
-            mask_stride,
-            k_stride,
-            eps,
-            eps_init,
-            schedule[max(t_floor - 1, 0)],
-            1.0 / eps_decay,
-            schedule[n_iters],
-            t_floor,
-            n_iters,
-            RESIDENT=resident,
-            K_IS_TENSOR=isinstance(k, torch.Tensor),
-            CLAMP_K=clamp_k,
-            HAS_MASK=mask is not None,
-            COMPUTE=tl_compute,
-            ROWS=rows,
-            BLOCK=config.block,
-            T_BLOCK=1 if resident else triton.next_power_of_2(n_iters),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        if shape.programs == 1 and shape.held:
+            launch(_backward, (-(-n_rows // shape.rows),), *pointers, n_rows, n_cols, *strides, *schedule, **constants)
+            return dscores, dk
+        t_block = next_power_of_2(n_iters + 1)
+        p_block = next_power_of_2(shape.programs)
+        sums = torch.empty((n_rows, shape.programs, t_block), dtype=compute, device=scores.device)
+        for phase in (SUMS.value, APPLY.value):
+            launch(
+                _backward_shared,
+                (n_rows * shape.programs,),
+                *pointers,
+                sums,
+                n_rows,
+                n_cols,
+                shape.chunk,
+                *strides,
+                *schedule,
+                PHASE=phase,
+                HELD=shape.held,
+                PROGRAMS=shape.programs,
+                P_BLOCK=p_block,
+                P_TILE=min(p_block, max(1, 4096 // t_block)),
+                T_BLOCK=t_block,
+                **constants,
+            )
     return dscores, dk

@@ -1,13 +1,15 @@
 """What every Triton launch of this package needs: argument forms, compute types, the device guard."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 
 from .config import LaunchConfig
 
-VARIANTS = ("resident", "tiled")
+VARIANTS = ("resident", "split", "tiled")
 
 
 def compute_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
@@ -22,10 +24,13 @@ def row_value_args(value: torch.Tensor | float, like: torch.Tensor) -> tuple[tor
     return like, float(value), 0
 
 
+_POSITIVE = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
+
+
 def positive(value: float, dtype: torch.dtype) -> float:
     """A number > 0 as one that is still > 0, and finite, in the compute type (1e-50 is 0 in float32)."""
-    info = torch.finfo(dtype)
-    return min(max(value, info.tiny), info.max)
+    least, most = _POSITIVE[dtype]
+    return min(max(value, least), most)
 
 
 def mask_args(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -35,6 +40,7 @@ def mask_args(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tens
     return mask.view(torch.uint8), mask.stride(0)
 
 
+@functools.lru_cache(maxsize=4096)
 def check_config(op: str, config: LaunchConfig, n_cols: int) -> None:
     """Raises ValueError where a configuration cannot launch rows of ``n_cols`` scores."""
     if config.variant not in VARIANTS:
@@ -49,8 +55,89 @@ def check_config(op: str, config: LaunchConfig, n_cols: int) -> None:
         raise ValueError(f"{op}: block is {config.block}, but a resident row of {n_cols} scores needs a block of at least {n_cols}")
 
 
+class Tiles(NamedTuple):
+    """How a launch lays rows over programs and threads; see rows.py.
+
+    Attributes:
+        rows: rows a program.
+        programs: programs a row; one of the two is 1.
+        chunk: columns a program.
+        reps, lanes, vec: the tile of a program is [reps, rows, lanes, vec].
+        held: a program's columns fit its tile.
+        even: its columns are whole tiles, so that nothing lies outside.
+    """
+
+    rows: int
+    programs: int
+    chunk: int
+    reps: int
+    lanes: int
+    vec: int
+    held: bool
+    even: bool
+
+
+def tiles(config: LaunchConfig, scores: torch.Tensor, side_by_side: bool = True) -> Tiles:
+    """The tiles of a launch on scores [R, n].
+
+    ``side_by_side`` says that programs that share a row wait for each other, so that all must run at the same time: then there are
+    at most as many as the device has processors. Where that leaves a row less than two, one program re-reads it.
+    """
+    n_rows, n_cols = scores.shape
+    most = config.programs_per_row
+    if side_by_side and most > 1:
+        most = max(1, min(most, processors(scores.device) // max(n_rows, 1)))
+    return _tiles(config, most, n_cols, scores.element_size())
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles(config: LaunchConfig, programs: int, n_cols: int, itemsize: int) -> Tiles:
+    # a thread has at least two columns, see rows.py
+    block, rows, chunk = max(config.block, 2), 1, n_cols
+    if config.variant == "resident":
+        rows = config.rows_per_program
+    if config.variant == "split":
+        # a chunk begins where a load of 16 bytes may
+        chunk = max(16, -(-n_cols // (programs * 16)) * 16)
+        programs = max(1, -(-n_cols // chunk))
+    else:
+        programs = 1
+    vec = max(2, min(16 // itemsize, 8, block))
+    lanes = max(1, min(32 * config.num_warps // rows, block // vec))
+    reps = block // (lanes * vec)
+    even = n_cols > 0 and n_cols == programs * chunk and chunk % block == 0
+    return Tiles(rows, programs, chunk, reps, lanes, vec, chunk <= block, even)
+
+
+def processors(device: torch.device) -> int:
+    """How many programs surely run at the same time: one a processor. There is no limit where programs are interpreted."""
+    return _processors(device.index) if device.type == "cuda" else 1 << 20
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def compile_options(config: LaunchConfig) -> dict[str, int]:
+    """The options of a configuration that Triton compiles with."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.max_registers:
+        options["maxnreg"] = config.max_registers
+    return options
+
+
+def cooperative(device: torch.device) -> bool:
+    """Whether programs can wait for each other: on a GPU, but not in Triton's interpreter, which runs one after another."""
+    return device.type == "cuda"
+
+
+_HERE = nullcontext()
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes ``device`` current for a launch where it is a GPU that is not."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
+    # the device of a GPU tensor has an index, that of a CPU tensor none
+    if device.index is None or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)

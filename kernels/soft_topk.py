@@ -5,59 +5,60 @@ https://arxiv.org/abs/2304.04947, section 3):
 
     lam_i = min(1, exp((s_i - tau) / eps)),   the threshold tau chosen so that  F(tau) = sum_i lam_i = k
 
-F falls monotonically, so the row has one unknown. With M saturated entries (s_i >= tau) and U the sum over the others,
-F = M + U and Newton's method on log F steps by
+tau is an unevaluated sum hi + lo of two floats. One exponential an entry serves many thresholds: with
 
-    tau  <-  tau + eps * F/U * log(F / k)
+    w_i = exp((s_i - hi) / eps),  q = exp(lo / eps):    lam_i = min(1, w_i / q)
 
-inside a bracket that always holds the root:  min s + eps*log(n/k) <= tau <= max s + eps*log(n/k).  The first guess is the
-quantile that a normal distribution with the row's mean and deviation would have; a step that leaves the bracket becomes a
-bisection. tau is kept as an unevaluated sum hi + lo of two floats: s_i - hi is exact near the threshold, so lam has the
-accuracy of exp itself however large the scores are.
+a sweep over the row only compares w with q, counts the saturated entries M = #{w >= q} and adds up W = sum of the others;
+U = W / q, F = M + U. w is made anew around another hi when the threshold has drifted more than DRIFT from it, so that the
+argument of the exponential is exact where it matters (s_i - hi is, near the threshold) however large the scores are.
+
+F falls monotonically in tau. Two steps are known from a sweep:
+
+    Newton on log F:        lo + eps * F/U * log(F / k)                  (converges fastest where entries are dense)
+    the root if no entry changes sides:  lo + eps * log(U / (k - M))     (never below the root, for F is concave in 1/q)
+
+The first is taken, but never beyond the second, inside a bracket that always holds the root; what leaves the bracket, and
+from sweep PATIENCE on every other step, is a bisection. The bracket and the first guess come from the sums of d = s - s_0 and
+of d² over the row:  |s_i - s_0| <= sqrt(sum d²), and F(tau) = n P(s + eps E > tau) with E exponentially distributed, whose
+quantile is guessed as that of a normal distribution with the same two moments.
 
 Backward, with g the gradient of lam and sums over the unsaturated entries U (implicit differentiation of F = k):
 
     gbar = sum_U lam g / sum_U lam,   ds_i = lam_i (g_i - gbar) / eps,   dk = gbar,   deps = -sum_i (s_i - tau) ds_i / eps
 
-The threads of a row must hold the same threshold to the bit, for each steps its own copy of it. Sums are exchanged between
-threads pairwise, a + b in one and b + a in the other, which is the same. A product that meets such an exchange is not: the
-compiler fuses it into one multiply-add, whose product is exact in one thread and rounded in the other. So the forward sums no
-product but through a ``tl.where``, and ahead-of-time compilation looks for such instructions (kernels/aot.py). In the backward
-a thread whose gbar is an ulp off the others' rounds its own entries by that, and no more.
-
-Variants: ``resident`` keeps ``rows_per_program`` whole rows in registers; ``tiled`` re-reads one row of any length in tiles
-of ``block`` scores, once a sweep.
+Variants (how rows lie in threads, and how programs share one: rows.py): ``resident`` keeps ``rows_per_program`` whole rows in
+registers; ``split`` shares a row between programs, of which each keeps its part in registers where it fits a block;
+``tiled`` re-reads one row of any length in tiles, once a sweep.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import LaunchConfig
-from .launch import check_config, compute_dtypes, mask_args, on_device, positive, row_value_args
+from .config import LaunchConfig, next_power_of_2, resolve
+from .launch import (
+    check_config,
+    compile_options,
+    compute_dtypes,
+    cooperative,
+    mask_args,
+    on_device,
+    positive,
+    row_value_args,
+    tiles,
+)
+from .launcher import launch
+from .rows import SLOTS, columns, exchange, fold, load_tile, row_max, row_min, row_sum, row_sums, row_sums3, row_value, spread
 
-MAX_SWEEPS_32 = tl.constexpr(512)
-MAX_SWEEPS_64 = tl.constexpr(4096)
-"""Bounds of the loop. From sweep 24 on every other sweep bisects, so half of this covers every exponent of the type."""
+MAX_SWEEPS_32, MAX_SWEEPS_64 = 512, 4096
+"""Bounds of the loop. From sweep PATIENCE on every other sweep bisects, so half of this covers every exponent of the type."""
 
-
-@triton.jit
-def _row_value(ptr, value, rows, live, stride, IS_TENSOR: tl.constexpr, COMPUTE: tl.constexpr):
-    """One number a row, [R]: loaded from a tensor, or the launch argument."""
-    if IS_TENSOR:
-        return tl.load(ptr + rows * stride, mask=live, other=1.0).to(COMPUTE)
-    else:
-        return (tl.zeros_like(rows).to(COMPUTE) + value).to(COMPUTE)
-
-
-@triton.jit
-def _load_scores(scores_ptr, mask_ptr, rows, cols, inside, stride, mask_stride, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr):
-    """Scores [R, BLOCK] in the compute type; -inf wherever an entry is masked or outside."""
-    s = tl.load(scores_ptr + rows[:, None] * stride + cols[None, :], mask=inside, other=float("-inf")).to(COMPUTE)
-    if HAS_MASK:
-        valid = tl.load(mask_ptr + rows[:, None] * mask_stride + cols[None, :], mask=inside, other=0)
-        s = tl.where(valid != 0, s, float("-inf"))
-    return s
+PATIENCE = tl.constexpr(16)
+DRIFT = tl.constexpr(6.0)
+"""How far, in powers of two of w, the threshold may be from where w was made."""
+CLIP = tl.constexpr(120.0)
+"""The largest power of two that w is let to be: saturated under any threshold within DRIFT, and not infinite."""
 
 
 @triton.jit
@@ -70,11 +71,12 @@ def _normal_upper_quantile(p):
 
 
 @triton.jit
-def _begin(k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2, TOLERANCE: tl.constexpr):
-    """The solver's state before the first sweep, all [R].
+def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, TOLERANCE: tl.constexpr):
+    """The solver's state before the first sweep, all [ROWS].
 
-    n_finite, n_inf, n_nan count finite, +inf and NaN entries; sum1 and sum2 are the sums of (s - largest) and its square.
-    Returns the budget of the finite entries, the bracket, the first guess, and the flags bad (a NaN row),
+    n_finite, n_inf, n_nan count finite, +inf and NaN entries; sum1 and sum2 are the sums of s - anchor and its square over the
+    finite ones, which lie between anchor + least and anchor + most.
+    Returns the budget of the finite entries, eps, the first guess hi, the bracket of tau - hi, and the flags bad (a NaN row),
     full (every valid entry is 1), empty (every finite entry is 0).
     """
     bad = (n_nan > 0) | (k != k) | ~((eps > 0) & (eps < float("inf")))
@@ -85,60 +87,92 @@ def _begin(k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2, TOLERA
     count = tl.where(easy, 2.0, n_finite.to(k.dtype))
     budget = tl.where(easy, 1.0, budget)
     eps = tl.where(bad, 1.0, eps)
-    largest = tl.where(easy, 0.0, largest)
-    smallest = tl.where(easy, 0.0, smallest)
-    above = eps * tl.log(count / budget)
-    low = smallest + above
-    high = largest + above
-    # the largest entry alone may not exceed the budget
-    low = tl.where(budget <= 1.0, tl.maximum(low, largest - eps * tl.log(budget)), low)
-    # what rounding may have moved the bounds by: at least two ulps
-    slack = (TOLERANCE / 4) * tl.maximum(tl.abs(largest), tl.abs(smallest))
-    low = low - slack
-    high = high + slack
+    anchor = tl.where(easy, 0.0, anchor)
+    least = tl.where(easy, 0.0, least)
+    most = tl.where(easy, 0.0, most)
+    share = budget / count
+    above = -eps * tl.log(share)
     mean = sum1 / count
-    deviation = tl.sqrt(tl.maximum(sum2 / count - mean * mean, 0.0))
-    guess = largest + mean + deviation * _normal_upper_quantile(budget / count)
+    variance = tl.maximum(sum2 / count - mean * mean, 0.0)
+    # a wide row: the quantile of s + eps E; a narrow one: the threshold if nothing is saturated, to the second moment
+    wide = mean + eps + tl.sqrt(variance + eps * eps) * _normal_upper_quantile(share)
+    guess = tl.where(variance > eps * eps, wide, mean + 0.5 * variance / eps + above)
+    low = least + above
+    high = most + above
     guess = tl.where(guess == guess, guess, 0.5 * low + 0.5 * high)
     guess = tl.minimum(tl.maximum(guess, low), high)
-    return budget, eps, low, high, guess, bad, full, empty
+    hi = anchor + guess
+    # what rounding may have moved the bounds by
+    slack = TOLERANCE * (tl.abs(anchor) + tl.abs(hi) + tl.abs(low) + tl.abs(high))
+    moved = hi - anchor
+    return budget, eps, hi, (low - moved) - slack, (high - moved) + slack, bad, full, empty
 
 
 @triton.jit
-def _advance(sweep, saturated, unsaturated, k, n_inf, budget, eps, hi, lo, low, high, done, TOLERANCE: tl.constexpr):
-    """One safeguarded Newton step on log F, all [R]; rows that are done keep their threshold."""
+def _advance(
+    sweep, saturated, weight, inverse, k, n_inf, budget, inv_budget, eps, lo, low, high, done,
+    TOLERANCE: tl.constexpr,
+):  # fmt: skip
+    """One safeguarded step of lo in the bracket, all [ROWS]; rows that are done keep theirs.
+
+    ``saturated`` counts the entries with w >= q = exp(lo / eps), ``weight`` is the sum of the other w, and inverse = 1 / q.
+    """
+    unsaturated = weight * inverse
+    count = saturated.to(k.dtype)
     # M - k first: both are exact, so the residual has the accuracy of U even where U is far smaller than k
-    residual = (saturated.to(k.dtype) - k) + unsaturated
-    total = (saturated - n_inf).to(k.dtype) + unsaturated
+    residual = ((count + n_inf) - k) + unsaturated
     converged = tl.abs(residual) <= TOLERANCE * tl.maximum(unsaturated, tl.minimum(budget, 1.0) / 64)
-    # hi bounds the root only on the side of it that lo leaves it on
-    low = tl.where(~done & (residual > 0) & (lo >= 0), tl.maximum(low, hi), low)
-    high = tl.where(~done & (residual <= 0) & (lo <= 0), tl.minimum(high, hi), high)
-    ratio = residual / budget
-    log_ratio = tl.where(tl.abs(ratio) < 1e-3, ratio * (1.0 - 0.5 * ratio), tl.log(tl.maximum(total / budget, 1e-37)))
-    step = eps * (total / unsaturated) * log_ratio
-    target = hi + (lo + step)
-    newton = (target >= low) & (target <= high) & (unsaturated > 0)
-    middle = 0.5 * low + 0.5 * high
-    adjacent = (middle <= low) | (middle >= high)
-    between = ((hi - low) + lo > 0) & ((hi - high) + lo < 0)
-    newton = newton & (converged | (adjacent & between) | (~adjacent & ((sweep < 24) | (sweep % 2 == 0))))
+    low = tl.where(residual > 0, tl.maximum(low, lo), low)
+    high = tl.where(residual <= 0, tl.minimum(high, lo), high)
+    # log(F / k), where that is close to 1 without the rounding of the quotient
+    ratio = residual * inv_budget
+    log_f = tl.where(tl.abs(ratio) < 1e-3, ratio * (1.0 - 0.5 * ratio), tl.log(tl.maximum(1.0 + ratio, 1e-37)))
+    # so that neither the inverse nor what is multiplied by it overflows
+    some = unsaturated > 1e-30
+    inv_u = tl.where(some, 1.0 / unsaturated, 0.0)
+    newton = lo + eps * ((count + unsaturated) * inv_u) * log_f
+    # -log(1 - y) from above, and to the third order in y: y / sqrt(1 - y) where y > 0, else 2y / (2 - y)
+    y = tl.maximum(residual * inv_u, -1e30)
+    bounded = some & (y < 1.0)
+    most = tl.where(y > 0, y * tl.rsqrt(tl.where(bounded, 1.0 - y, 1.0)), 2.0 * y / (2.0 - y))
+    high = tl.where(bounded, tl.minimum(high, lo + eps * (most + 2e-6 * (1.0 + tl.abs(most)))), high)
+    target = tl.where(bounded, tl.minimum(newton, lo + eps * most), newton)
+    inside = some & (target > low) & (target < high)
+    bisect = ~converged & (~inside | ((sweep >= PATIENCE) & (sweep % 2 == 1)))
+    middle = 0.5 * tl.maximum(low, -1e38) + 0.5 * tl.minimum(high, 1e38)
+    target = tl.where(bisect, middle, target)
     # the last step of a converged row is free, and only worth taking where the residual is small against U
-    polish = converged & (tl.abs(residual) <= TOLERANCE * unsaturated)
-    # two-sum of hi and lo + step (Knuth): what hi rounds away is kept in lo
-    addend = lo + step
-    new_hi = hi + addend
-    back = new_hi - hi
-    new_lo = (hi - (new_hi - back)) + (addend - back)
-    # neighbouring floats have no middle: go just above the lower one. From there log F is convex in tau as far as the upper
-    # one, so that Newton's steps of lo fall short of the root and never jump over it
-    above = tl.where(adjacent, tl.maximum(eps * 1e-21, 1e-37), 0.0)
-    new_hi = tl.where(newton, new_hi, tl.where(adjacent, low, middle))
-    new_lo = tl.where(newton, new_lo, above)
-    move = ~done & (~converged | (polish & newton))
-    hi = tl.where(move, new_hi, hi)
-    lo = tl.where(move, new_lo, lo)
-    return hi, lo, low, high, done | converged
+    polish = converged & inside & (tl.abs(residual) <= TOLERANCE * unsaturated)
+    lo = tl.where(~done & (~converged | polish), target, lo)
+    return lo, low, high, done | converged
+
+
+@triton.jit
+def _recentre(hi, lo, low, high, which, COMPUTE: tl.constexpr):
+    """Moves lo into hi, as far as a float can hold it, in the rows ``which``; the bracket goes along."""
+    moved = tl.where(which, hi + lo, hi)
+    shift = moved - hi
+    # two-sum (Knuth): what hi rounds away stays in lo
+    back = shift - lo
+    new_lo = tl.where(which, (hi - (moved - shift)) - back, lo)
+    ULP: tl.constexpr = 2.0**-52 if tl.float64 == COMPUTE else 2.0**-23
+    low = tl.where(which, (low - shift) - ULP * (tl.abs(low) + tl.abs(shift)), low)
+    high = tl.where(which, (high - shift) + ULP * (tl.abs(high) + tl.abs(shift)), high)
+    return moved, new_lo, low, high
+
+
+@triton.jit
+def _weights(s, hi, scale):
+    """w, at most 2**CLIP; 0 for NaN and +inf, which are counted elsewhere, as for -inf."""
+    w = tl.exp2(tl.minimum((s - spread(hi)) * spread(scale), CLIP))
+    return tl.where(s < float("inf"), w, 0.0)
+
+
+@triton.jit
+def _power(lo, scale):
+    """exp(lo / eps) and its inverse, inside the range of the type."""
+    x = tl.minimum(tl.maximum(lo * scale, -CLIP), CLIP)
+    return tl.exp2(x), tl.exp2(-x)
 
 
 @triton.jit
@@ -152,16 +186,64 @@ def _finish(hi, lo, bad, full, empty):
 
 @triton.jit
 def _lam(s, hi, lo, scale, k):
-    """lam [R, BLOCK] from the stored threshold; k [R] tells a row with no budget from one that +inf scores use up."""
-    d = (s - hi[:, None]) - lo[:, None]
-    lam = tl.where(d >= 0, 1.0, tl.exp2(tl.minimum(d, 0.0) * scale[:, None]))
+    """lam of a tile from the stored threshold; k tells a row with no budget from one that +inf scores use up."""
+    d = (s - spread(hi)) - spread(lo)
+    lam = tl.where(d >= 0, 1.0, tl.exp2(tl.minimum(d, 0.0) * spread(scale)))
     lam = tl.where(s == float("inf"), 1.0, lam)
-    lam = tl.where((s > float("-inf")) & (k > 0)[:, None], lam, 0.0)
-    return tl.where((hi != hi)[:, None], float("nan"), lam)
+    lam = tl.where((s > float("-inf")) & spread(k > 0), lam, 0.0)
+    return tl.where(spread(hi != hi), float("nan"), lam)
+
+
+@triton.jit
+def _back_and_forth(index, count, turn):
+    """The tiles of a pass in turn up and down, so that a pass finds in the cache what the one before it read last."""
+    return tl.where(turn % 2 == 0, index, count - 1 - index)
+
+
+@triton.jit
+def _finite(x):
+    return (x > float("-inf")) & (x < float("inf"))
+
+
+@triton.jit
+def _any(flags):
+    return tl.max(flags.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _examine(
+    scores_ptr, mask_ptr, rows, start, end, stride, mask_stride, anchor,
+    HAS_MASK: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """What there is to know of a share of rows with NaN, infinities or numbers whose squares overflow; all [ROWS].
+
+    Such rows are rare: in narrow tiles, so that the registers of the kernel are not more for their sake.
+    """
+    cols = columns(1, LANES, VEC)
+    n_nan = tl.zeros([ROWS], tl.int32)
+    n_inf = tl.zeros([ROWS], tl.int32)
+    n_finite = tl.zeros([ROWS], tl.int32)
+    least = tl.full([ROWS], float("inf"), COMPUTE)
+    most = tl.full([ROWS], float("-inf"), COMPUTE)
+    sum1 = tl.zeros([ROWS], COMPUTE)
+    sum2 = tl.zeros([ROWS], COMPUTE)
+    for tile in range(start, end, LANES * VEC):
+        s = load_tile(scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
+        finite = _finite(s)
+        d = tl.where(finite, s - spread(anchor), 0.0)
+        n_nan += row_sum((s != s).to(tl.int32))
+        n_inf += row_sum((s == float("inf")).to(tl.int32))
+        n_finite += row_sum(finite.to(tl.int32))
+        least = tl.minimum(least, row_min(tl.where(finite, d, float("inf"))))
+        most = tl.maximum(most, row_max(tl.where(finite, d, float("-inf"))))
+        sum1 += row_sum(d)
+        sum2 += row_sum(tl.where(finite, d * d, 0.0))
+    return n_nan, n_inf, n_finite, least, most, sum1, sum2
 
 
 @triton.jit(do_not_specialize=["n_rows", "k_stride", "eps_stride"])
-def _forward_resident(
+def _forward(
     scores_ptr,
     k_ptr,
     k_value: tl.float64,
@@ -170,8 +252,11 @@ def _forward_resident(
     mask_ptr,
     lam_ptr,
     threshold_ptr,
+    words_ptr,
+    sweeps_ptr,
     n_rows,
     n_cols,
+    chunk,
     scores_stride,
     mask_stride,
     k_stride,
@@ -182,187 +267,237 @@ def _forward_resident(
     COMPUTE: tl.constexpr,
     TOLERANCE: tl.constexpr,
     MAX_SWEEPS: tl.constexpr,
+    HELD: tl.constexpr,
+    EVEN: tl.constexpr,
+    COUNT: tl.constexpr,
+    COOPERATIVE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    P_BLOCK: tl.constexpr,
+    RING: tl.constexpr,
+    REPS: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """PROGRAMS programs share a row, ``chunk`` columns each; HELD: these fit a tile, and stay in registers.
+
+    COUNT stores the number of sweeps of every program, or -1 where it was not alive to the end (see ``rows.exchange``).
+    """
+    BLOCK: tl.constexpr = REPS * LANES * VEC
+    program = tl.program_id(0).to(tl.int64)
+    part = (program % PROGRAMS).to(tl.int32)
+    start = part * chunk
+    end = tl.minimum(start + chunk, n_cols)
+    cols = columns(REPS, LANES, VEC)
+    words_ptr += (program // PROGRAMS) * (RING * SLOTS * PROGRAMS)
+    rows = (program // PROGRAMS) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
-    cols = tl.arange(0, BLOCK)
-    inside = live[:, None] & (cols < n_cols)[None, :]
-    k = _row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
-    eps = _row_value(eps_ptr, eps_value, rows, live, eps_stride, EPS_IS_TENSOR, COMPUTE)
-    s = _load_scores(scores_ptr, mask_ptr, rows, cols, inside, scores_stride, mask_stride, HAS_MASK, COMPUTE)
+    # a program's rows beyond the last repeat it, unstored
+    rows = tl.minimum(rows, n_rows - 1)
+    k = row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
+    eps = row_value(eps_ptr, eps_value, rows, live, eps_stride, EPS_IS_TENSOR, COMPUTE)
+    # what is masked has no influence, not even as the point that the others are measured from
+    there = live & (n_cols > 0)
+    anchor = tl.load(scores_ptr + rows * scores_stride, mask=there, other=0.0).to(COMPUTE)
+    if HAS_MASK:
+        anchor = tl.where(tl.load(mask_ptr + rows * mask_stride, mask=there, other=0) != 0, anchor, 0.0)
+    anchor = tl.where(_finite(anchor), anchor, 0.0)
 
-    n_nan = tl.sum((s != s).to(tl.int32), axis=1)
-    s = tl.where(s != s, float("-inf"), s)
-    finite = (s > float("-inf")) & (s < float("inf"))
-    n_inf = tl.sum((s == float("inf")).to(tl.int32), axis=1)
-    n_finite = tl.sum(finite.to(tl.int32), axis=1)
-    largest = tl.max(tl.where(finite, s, float("-inf")), axis=1)
-    smallest = tl.min(tl.where(finite, s, float("inf")), axis=1)
-    below = tl.where(finite, s - largest[:, None], 0.0)
-    sum1 = tl.sum(below, axis=1)
-    sum2 = tl.sum(tl.where(finite, below * below, 0.0), axis=1)
-    budget, safe_eps, low, high, hi, bad, full, empty = _begin(
-        k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2, TOLERANCE
+    # --- the moments of the row
+    if HELD:
+        s = load_tile(
+            scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride,
+            HAS_MASK, EVEN, COMPUTE,
+        )  # fmt: skip
+        if EVEN and not HAS_MASK:
+            d = s - spread(anchor)
+            sum1, sum2 = row_sums(d, d * d)
+            n_finite = tl.full([ROWS], BLOCK, tl.int32)
+        else:
+            valid = s != float("-inf")
+            d = tl.where(valid, s - spread(anchor), 0.0)
+            sum1, sum2, counted = row_sums3(d, d * d, valid.to(COMPUTE))
+            n_finite = counted.to(tl.int32)
+    else:
+        sum1_acc = tl.zeros([ROWS, LANES], COMPUTE)
+        sum2_acc = tl.zeros([ROWS, LANES], COMPUTE)
+        count_acc = tl.zeros([ROWS, LANES], tl.int32)
+        for tile in range(start, end, BLOCK):
+            s = load_tile(
+                scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE
+            )
+            valid = s != float("-inf")
+            d = tl.where(valid, s - spread(anchor), 0.0)
+            sum1_acc += fold(d)
+            sum2_acc += fold(d * d)
+            count_acc += fold(valid.to(tl.int32))
+        sum1, sum2 = tl.split(tl.sum(tl.join(sum1_acc, sum2_acc), 1))
+        n_finite = tl.sum(count_acc, 1)
+    alive = n_rows > 0
+    epoch = part * 0 + 1
+    if PROGRAMS > 1:
+        all1, counts, all2, alive = exchange(
+            words_ptr, sum1, n_finite, sum2, part, epoch, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+        )
+        epoch += 1
+        # back to [ROWS], which is [1] here
+        sum1 = tl.zeros_like(sum1) + tl.sum(all1, 0)
+        sum2 = tl.zeros_like(sum2) + tl.sum(all2, 0)
+        n_finite = tl.zeros_like(n_finite) + tl.sum(counts, 0)
+    n_nan = tl.zeros([ROWS], tl.int32)
+    n_inf = tl.zeros([ROWS], tl.int32)
+    most = tl.sqrt(sum2) * 1.001 + 1e-18
+    least = -most
+    odd = ~(sum2 < float("inf"))
+    special = _any(odd)
+    if special:
+        n_nan, n_inf, n_finite, least, most, sum1, sum2 = _examine(
+            scores_ptr, mask_ptr, rows, start, end, scores_stride, mask_stride, anchor,
+            HAS_MASK, EVEN, COMPUTE, ROWS, LANES, VEC,
+        )  # fmt: skip
+        if PROGRAMS > 1:
+            all1, counts, all2, alive = exchange(
+                words_ptr, sum1, n_nan, sum2, part, epoch, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+            )
+            sum1 = tl.zeros_like(sum1) + tl.sum(all1, 0)
+            sum2 = tl.zeros_like(sum2) + tl.sum(all2, 0)
+            n_nan = tl.zeros_like(n_nan) + tl.sum(counts, 0)
+            all1, counts, all2, alive = exchange(
+                words_ptr, least, n_inf, -most, part, epoch + 1, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+            )
+            inside = tl.arange(0, P_BLOCK) < PROGRAMS
+            least = tl.zeros_like(least) + tl.min(tl.where(inside, all1, float("inf")), 0)
+            most = tl.zeros_like(most) - tl.min(tl.where(inside, all2, float("inf")), 0)
+            n_inf = tl.zeros_like(n_inf) + tl.sum(counts, 0)
+            all1, counts, all2, alive = exchange(
+                words_ptr, sum1, n_finite, sum1, part, epoch + 2, alive, False, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+            )
+            n_finite = tl.zeros_like(n_finite) + tl.sum(counts, 0)
+            epoch += 3
+    budget, safe_eps, hi, low, high, bad, full, empty = _begin(
+        k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, TOLERANCE
     )
-    lo = tl.zeros_like(hi)
     scale = 1.4426950408889634 / safe_eps
-    done = bad | full | empty | ~live
+    inv_budget = 1.0 / budget
+    lo = tl.zeros_like(hi)
+    done = bad | full | empty
+    special = special | _any(done)
+    if HELD:
+        if special:
+            x = load_tile(
+                scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride,
+                HAS_MASK, EVEN, COMPUTE,
+            )  # fmt: skip
+            w = _weights(x, hi, scale)
+        else:
+            w = tl.exp2(tl.minimum((s - spread(hi)) * spread(scale), CLIP))
 
+    # --- sweeps
+    n_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
     sweep = 0
-    pending = tl.sum((~done).to(tl.int32), axis=0)
-    while (pending > 0) & (sweep < MAX_SWEEPS):
-        d = (s - hi[:, None]) - lo[:, None]
-        clamped = d >= 0
-        e = tl.where(clamped, 0.0, tl.exp2(tl.minimum(d, 0.0) * scale[:, None]))
-        saturated = tl.sum(clamped.to(tl.int32), axis=1)
-        unsaturated = tl.sum(e, axis=1)
-        hi, lo, low, high, done = _advance(
-            sweep, saturated, unsaturated, k, n_inf, budget, safe_eps, hi, lo, low, high, done, TOLERANCE
+    pending = _any(~done) & alive
+    while pending & (sweep < MAX_SWEEPS):
+        q, inverse = _power(lo, scale)
+        if HELD:
+            free = (w < spread(q)).to(COMPUTE)
+            weight, n_free = row_sums(w * free, free)
+            saturated = BLOCK - n_free.to(tl.int32)
+        else:
+            weight_acc = tl.zeros([ROWS, LANES], COMPUTE)
+            count_acc = tl.zeros([ROWS, LANES], tl.int32)
+            for index in range(0, n_tiles):
+                tile = start + _back_and_forth(index, n_tiles, sweep + 1) * BLOCK
+                x = load_tile(
+                    scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, mask_stride,
+                    HAS_MASK, EVEN, COMPUTE,
+                )  # fmt: skip
+                v = _weights(x, hi, scale)
+                over = v >= spread(q)
+                weight_acc += fold(tl.where(over, 0.0, v))
+                count_acc += fold(over.to(tl.int32))
+            weight = tl.sum(weight_acc, 1)
+            saturated = tl.sum(count_acc, 1)
+        if PROGRAMS > 1:
+            all1, counts, _, alive = exchange(
+                words_ptr, weight, saturated, weight, part, epoch, alive, False, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+            )
+            epoch += 1
+            weight = tl.zeros_like(weight) + tl.sum(all1, 0)
+            saturated = tl.zeros_like(saturated) + tl.sum(counts, 0)
+        lo, low, high, done = _advance(
+            sweep, saturated, weight, inverse, k, n_inf, budget, inv_budget, safe_eps, lo, low, high, done, TOLERANCE
         )
         sweep += 1
-        pending = tl.sum((~done).to(tl.int32), axis=0)
+        pending = _any(~done) & alive
+        if HELD:
+            far = ~done & (tl.abs(lo) * scale > DRIFT) & (hi + lo != hi)
+            if _any(far):
+                hi, lo, low, high = _recentre(hi, lo, low, high, far, COMPUTE)
+                x = load_tile(
+                    scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride,
+                    HAS_MASK, EVEN, COMPUTE,
+                )  # fmt: skip
+                w = _weights(x, hi, scale)
+        else:
+            hi, lo, low, high = _recentre(hi, lo, low, high, ~done, COMPUTE)
 
+    # --- the answer
+    stored = spread(live) & alive
+    q, inverse = _power(lo, scale)
     hi, lo = _finish(hi, lo, bad, full, empty)
-    lam = _lam(s, hi, lo, scale, k)
-    tl.store(lam_ptr + rows[:, None] * n_cols + cols[None, :], lam.to(lam_ptr.dtype.element_ty), mask=inside)
-    tl.store(threshold_ptr + rows * 2, hi, mask=live)
-    tl.store(threshold_ptr + rows * 2 + 1, lo, mask=live)
+    if HELD and not special:
+        inside = stored if EVEN else stored & (start + cols < end)
+        lam = tl.minimum(w * spread(inverse), 1.0)
+        tl.store(lam_ptr + spread(rows * n_cols) + start + cols, lam.to(lam_ptr.dtype.element_ty), mask=inside)
+    else:
+        narrow = columns(1, LANES, VEC)
+        n_narrow = tl.cdiv(tl.maximum(end - start, 0), LANES * VEC)
+        for index in range(0, n_narrow):
+            tile = start + _back_and_forth(index, n_narrow, sweep + 1) * (LANES * VEC)
+            inside = tile + narrow < end
+            x = load_tile(scores_ptr, mask_ptr, rows, tile + narrow, inside, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
+            lam = _lam(x, hi, lo, scale, k)
+            inside = stored if EVEN else stored & inside
+            tl.store(lam_ptr + spread(rows * n_cols) + tile + narrow, lam.to(lam_ptr.dtype.element_ty), mask=inside)
+    first = live & alive & (part == 0)
+    tl.store(threshold_ptr + rows * 2, hi, mask=first)
+    tl.store(threshold_ptr + rows * 2 + 1, lo, mask=first)
+    if COUNT:
+        tl.store(sweeps_ptr + rows * PROGRAMS + part, tl.where(alive, sweep, -1) + tl.zeros([ROWS], tl.int32), mask=live)
 
 
-@triton.jit(do_not_specialize=["n_rows", "k_stride", "eps_stride"])
-def _forward_tiled(
-    scores_ptr,
-    k_ptr,
-    k_value: tl.float64,
-    eps_ptr,
-    eps_value: tl.float64,
-    mask_ptr,
-    lam_ptr,
-    threshold_ptr,
-    n_rows,
-    n_cols,
-    scores_stride,
-    mask_stride,
-    k_stride,
-    eps_stride,
-    K_IS_TENSOR: tl.constexpr,
-    EPS_IS_TENSOR: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    TOLERANCE: tl.constexpr,
-    MAX_SWEEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, ROWS)  # ROWS is 1
-    live = rows < n_rows
-    lanes = tl.arange(0, BLOCK)
-    k = _row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
-    eps = _row_value(eps_ptr, eps_value, rows, live, eps_stride, EPS_IS_TENSOR, COMPUTE)
-
-    nan_acc = tl.zeros([ROWS, BLOCK], tl.int32)
-    inf_acc = tl.zeros([ROWS, BLOCK], tl.int32)
-    finite_acc = tl.zeros([ROWS, BLOCK], tl.int32)
-    max_acc = tl.full([ROWS, BLOCK], float("-inf"), COMPUTE)
-    min_acc = tl.full([ROWS, BLOCK], float("inf"), COMPUTE)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + lanes
-        inside = live[:, None] & (cols < n_cols)[None, :]
-        s = _load_scores(scores_ptr, mask_ptr, rows, cols, inside, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-        nan_acc += (s != s).to(tl.int32)
-        inf_acc += (s == float("inf")).to(tl.int32)
-        finite = (s > float("-inf")) & (s < float("inf"))
-        finite_acc += finite.to(tl.int32)
-        max_acc = tl.maximum(max_acc, tl.where(finite, s, float("-inf")))
-        min_acc = tl.minimum(min_acc, tl.where(finite, s, float("inf")))
-    n_nan = tl.sum(nan_acc, axis=1)
-    n_inf = tl.sum(inf_acc, axis=1)
-    n_finite = tl.sum(finite_acc, axis=1)
-    largest = tl.max(max_acc, axis=1)
-    smallest = tl.min(min_acc, axis=1)
-    sum_acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-    square_acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + lanes
-        inside = live[:, None] & (cols < n_cols)[None, :]
-        s = _load_scores(scores_ptr, mask_ptr, rows, cols, inside, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-        finite = (s > float("-inf")) & (s < float("inf"))
-        below = tl.where(finite, s - largest[:, None], 0.0)
-        sum_acc += below
-        square_acc += below * below
-    sum1 = tl.sum(sum_acc, axis=1)
-    sum2 = tl.sum(square_acc, axis=1)
-    budget, safe_eps, low, high, hi, bad, full, empty = _begin(
-        k, eps, n_finite, n_inf, n_nan, largest, smallest, sum1, sum2, TOLERANCE
-    )
-    lo = tl.zeros_like(hi)
-    scale = 1.4426950408889634 / safe_eps
-    done = bad | full | empty | ~live
-
-    sweep = 0
-    pending = tl.sum((~done).to(tl.int32), axis=0)
-    while (pending > 0) & (sweep < MAX_SWEEPS):
-        count_acc = tl.zeros([ROWS, BLOCK], tl.int32)
-        sum_acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-        for start in range(0, n_cols, BLOCK):
-            cols = start + lanes
-            inside = live[:, None] & (cols < n_cols)[None, :]
-            s = _load_scores(scores_ptr, mask_ptr, rows, cols, inside, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-            d = (s - hi[:, None]) - lo[:, None]
-            clamped = d >= 0
-            count_acc += clamped.to(tl.int32)
-            sum_acc += tl.where(clamped, 0.0, tl.exp2(tl.minimum(d, 0.0) * scale[:, None]))
-        saturated = tl.sum(count_acc, axis=1)
-        unsaturated = tl.sum(sum_acc, axis=1)
-        hi, lo, low, high, done = _advance(
-            sweep, saturated, unsaturated, k, n_inf, budget, safe_eps, hi, lo, low, high, done, TOLERANCE
-        )
-        sweep += 1
-        pending = tl.sum((~done).to(tl.int32), axis=0)
-
-    hi, lo = _finish(hi, lo, bad, full, empty)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + lanes
-        inside = live[:, None] & (cols < n_cols)[None, :]
-        s = _load_scores(scores_ptr, mask_ptr, rows, cols, inside, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-        lam = _lam(s, hi, lo, scale, k)
-        tl.store(lam_ptr + rows[:, None] * n_cols + cols[None, :], lam.to(lam_ptr.dtype.element_ty), mask=inside)
-    tl.store(threshold_ptr + rows * 2, hi, mask=live)
-    tl.store(threshold_ptr + rows * 2 + 1, lo, mask=live)
+WHOLE, SUMS, APPLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What a backward launch does: all of it, or for programs that share a row first the sums of each, then the rest."""
 
 
 @triton.jit
 def _backward_tile(
-    scores_ptr,
-    grad_ptr,
-    mask_ptr,
-    rows,
-    cols,
-    inside,
-    scores_stride,
-    grad_stride,
-    mask_stride,
-    hi,
-    lo,
-    scale,
-    HAS_MASK: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """d = s - tau, g, and lam where an entry is unsaturated (0 elsewhere), each [R, BLOCK]."""
-    s = _load_scores(scores_ptr, mask_ptr, rows, cols, inside, scores_stride, mask_stride, HAS_MASK, COMPUTE)
-    g = tl.load(grad_ptr + rows[:, None] * grad_stride + cols[None, :], mask=inside, other=0.0).to(COMPUTE)
-    d = (s - hi[:, None]) - lo[:, None]
-    lam = tl.where(d < 0, tl.exp2(d * scale[:, None]), 0.0)
+    scores_ptr, grad_ptr, mask_ptr, rows, cols, inside, scores_stride, grad_stride, mask_stride, hi, lo, scale,
+    HAS_MASK: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """d = s - tau, g, and lam where an entry is unsaturated (0 elsewhere), of a tile."""
+    s = load_tile(scores_ptr, mask_ptr, rows, cols, inside, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
+    at = grad_ptr + spread(rows * grad_stride) + cols
+    if EVEN:
+        g = tl.load(at).to(COMPUTE)
+    else:
+        g = tl.load(at, mask=inside, other=0.0).to(COMPUTE)
+    d = (s - spread(hi)) - spread(lo)
+    lam = tl.where(d < 0, tl.exp2(d * spread(scale)), 0.0)
     # an entry without mass has no part in the gradient, whatever its g
     g = tl.where(lam > 0, g, 0.0)
     d = tl.where(lam > 0, d, 0.0)
     return d, g, lam
 
 
+@triton.jit
+def _gradient(g, lam, gbar, inv_eps, nan_row):
+    ds = tl.where(lam > 0, lam * (g - spread(gbar)) * spread(inv_eps), 0.0)
+    return tl.where(spread(nan_row), float("nan"), ds)
+
+
 @triton.jit(do_not_specialize=["n_rows", "eps_stride"])
-def _backward_resident(
+def _backward(
     grad_ptr,
     scores_ptr,
     threshold_ptr,
@@ -372,8 +507,10 @@ def _backward_resident(
     dscores_ptr,
     dk_ptr,
     deps_ptr,
+    sums_ptr,
     n_rows,
     n_cols,
+    chunk,
     grad_stride,
     scores_stride,
     mask_stride,
@@ -381,98 +518,85 @@ def _backward_resident(
     EPS_IS_TENSOR: tl.constexpr,
     HAS_MASK: tl.constexpr,
     COMPUTE: tl.constexpr,
+    PHASE: tl.constexpr,
+    HELD: tl.constexpr,
+    EVEN: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    P_BLOCK: tl.constexpr,
+    REPS: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """PROGRAMS programs share a row, ``chunk`` columns each; HELD: these fit a tile. sums [rows, 2, PROGRAMS], deps a program."""
+    BLOCK: tl.constexpr = REPS * LANES * VEC
+    program = tl.program_id(0).to(tl.int64)
+    part = (program % PROGRAMS).to(tl.int32)
+    rows = (program // PROGRAMS) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
-    cols = tl.arange(0, BLOCK)
-    inside = live[:, None] & (cols < n_cols)[None, :]
-    hi = tl.load(threshold_ptr + rows * 2, mask=live, other=0.0)
-    lo = tl.load(threshold_ptr + rows * 2 + 1, mask=live, other=0.0)
-    eps = _row_value(eps_ptr, eps_value, rows, live, eps_stride, EPS_IS_TENSOR, COMPUTE)
+    rows = tl.minimum(rows, n_rows - 1)
+    start = part * chunk
+    end = tl.minimum(start + chunk, n_cols)
+    cols = columns(REPS, LANES, VEC)
+    hi = tl.load(threshold_ptr + rows * 2)
+    lo = tl.load(threshold_ptr + rows * 2 + 1)
+    eps = row_value(eps_ptr, eps_value, rows, live, eps_stride, EPS_IS_TENSOR, COMPUTE)
     scale = 1.4426950408889634 / eps
     inv_eps = 1.0 / eps
-    d, g, lam = _backward_tile(
-        scores_ptr, grad_ptr, mask_ptr, rows, cols, inside, scores_stride, grad_stride, mask_stride,
-        hi, lo, scale, HAS_MASK, COMPUTE,
-    )  # fmt: skip
-    mass = tl.sum(lam, axis=1)
-    weighted = tl.sum(lam * g, axis=1)
-    nan_row = hi != hi
-    gbar = tl.where(mass > 0, weighted / mass, 0.0)
-    gbar = tl.where(nan_row, float("nan"), gbar)
-    ds = tl.where(lam > 0, lam * (g - gbar[:, None]) * inv_eps[:, None], 0.0)
-    ds = tl.where(nan_row[:, None], float("nan"), ds)
-    tl.store(dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside)
-    tl.store(dk_ptr + rows, gbar, mask=live)
-    if EPS_IS_TENSOR:
-        tl.store(deps_ptr + rows, -tl.sum(d * ds, axis=1) / eps, mask=live)
-
-
-@triton.jit(do_not_specialize=["n_rows", "eps_stride"])
-def _backward_tiled(
-    grad_ptr,
-    scores_ptr,
-    threshold_ptr,
-    eps_ptr,
-    eps_value: tl.float64,
-    mask_ptr,
-    dscores_ptr,
-    dk_ptr,
-    deps_ptr,
-    n_rows,
-    n_cols,
-    grad_stride,
-    scores_stride,
-    mask_stride,
-    eps_stride,
-    EPS_IS_TENSOR: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, ROWS)  # ROWS is 1
-    live = rows < n_rows
-    lanes = tl.arange(0, BLOCK)
-    hi = tl.load(threshold_ptr + rows * 2, mask=live, other=0.0)
-    lo = tl.load(threshold_ptr + rows * 2 + 1, mask=live, other=0.0)
-    eps = _row_value(eps_ptr, eps_value, rows, live, eps_stride, EPS_IS_TENSOR, COMPUTE)
-    scale = 1.4426950408889634 / eps
-    inv_eps = 1.0 / eps
-    mass_acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-    weighted_acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + lanes
-        inside = live[:, None] & (cols < n_cols)[None, :]
+    if HELD:
         d, g, lam = _backward_tile(
-            scores_ptr, grad_ptr, mask_ptr, rows, cols, inside, scores_stride, grad_stride, mask_stride,
-            hi, lo, scale, HAS_MASK, COMPUTE,
+            scores_ptr, grad_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, grad_stride, mask_stride,
+            hi, lo, scale, HAS_MASK, EVEN, COMPUTE,
         )  # fmt: skip
-        mass_acc += lam
-        weighted_acc += lam * g
-    mass = tl.sum(mass_acc, axis=1)
-    weighted = tl.sum(weighted_acc, axis=1)
-    nan_row = hi != hi
-    gbar = tl.where(mass > 0, weighted / mass, 0.0)
-    gbar = tl.where(nan_row, float("nan"), gbar)
-    eps_acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + lanes
-        inside = live[:, None] & (cols < n_cols)[None, :]
-        d, g, lam = _backward_tile(
-            scores_ptr, grad_ptr, mask_ptr, rows, cols, inside, scores_stride, grad_stride, mask_stride,
-            hi, lo, scale, HAS_MASK, COMPUTE,
-        )  # fmt: skip
-        ds = tl.where(lam > 0, lam * (g - gbar[:, None]) * inv_eps[:, None], 0.0)
-        ds = tl.where(nan_row[:, None], float("nan"), ds)
+    if PHASE == APPLY:
+        parts = tl.arange(0, P_BLOCK)[None, :]
+        at = sums_ptr + rows[:, None] * (2 * PROGRAMS) + parts
+        mass = tl.sum(tl.load(at, mask=parts < PROGRAMS, other=0.0), 1)
+        weighted = tl.sum(tl.load(at + PROGRAMS, mask=parts < PROGRAMS, other=0.0), 1)
+    elif HELD:
+        mass, weighted = row_sums(lam, lam * g)
+    else:
+        mass_acc = tl.zeros([ROWS, LANES], COMPUTE)
+        weighted_acc = tl.zeros([ROWS, LANES], COMPUTE)
+        for tile in range(start, end, BLOCK):
+            d, g, lam = _backward_tile(
+                scores_ptr, grad_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, grad_stride, mask_stride,
+                hi, lo, scale, HAS_MASK, EVEN, COMPUTE,
+            )  # fmt: skip
+            mass_acc += fold(lam)
+            weighted_acc += fold(lam * g)
+        mass, weighted = tl.split(tl.sum(tl.join(mass_acc, weighted_acc), 1))
+    if PHASE == SUMS:
+        at = sums_ptr + rows * (2 * PROGRAMS) + part
+        tl.store(at, mass, mask=live)
+        tl.store(at + PROGRAMS, weighted, mask=live)
+    else:
+        nan_row = hi != hi
+        gbar = tl.where(mass > 0, weighted / mass, 0.0)
+        gbar = tl.where(nan_row, float("nan"), gbar)
+        if HELD:
+            ds = _gradient(g, lam, gbar, inv_eps, nan_row)
+            inside = spread(live) if EVEN else spread(live) & (start + cols < end)
+            tl.store(dscores_ptr + spread(rows * n_cols) + start + cols, ds.to(dscores_ptr.dtype.element_ty), mask=inside)
+            if EPS_IS_TENSOR:
+                deps = row_sum(d * ds)
+        else:
+            deps_acc = tl.zeros([ROWS, LANES], COMPUTE)
+            for tile in range(start, end, BLOCK):
+                inside = tile + cols < end
+                d, g, lam = _backward_tile(
+                    scores_ptr, grad_ptr, mask_ptr, rows, tile + cols, inside, scores_stride, grad_stride, mask_stride,
+                    hi, lo, scale, HAS_MASK, EVEN, COMPUTE,
+                )  # fmt: skip
+                ds = _gradient(g, lam, gbar, inv_eps, nan_row)
+                if EPS_IS_TENSOR:
+                    deps_acc += fold(d * ds)
+                inside = spread(live) if EVEN else spread(live) & inside
+                tl.store(dscores_ptr + spread(rows * n_cols) + tile + cols, ds.to(dscores_ptr.dtype.element_ty), mask=inside)
+            deps = tl.sum(deps_acc, 1)
+        tl.store(dk_ptr + rows, gbar, mask=live & (part == 0))
         if EPS_IS_TENSOR:
-            eps_acc += d * ds
-        tl.store(dscores_ptr + rows[:, None] * n_cols + cols[None, :], ds.to(dscores_ptr.dtype.element_ty), mask=inside)
-    tl.store(dk_ptr + rows, gbar, mask=live)
-    if EPS_IS_TENSOR:
-        tl.store(deps_ptr + rows, -tl.sum(eps_acc, axis=1) / eps, mask=live)
+            tl.store(deps_ptr + rows * PROGRAMS + part, -deps / eps, mask=live)
 
 
 def soft_topk_forward(
@@ -495,20 +619,61 @@ def soft_topk_forward(
         lam [R, n], contiguous, in the scores' dtype, and the threshold [R, 2] (hi, lo) in the compute type; hi is -inf
         where every valid entry is saturated, +inf where every finite entry is 0, NaN for a NaN row.
     """
+    lam, threshold, _ = _solve(scores, k, eps, mask, config, count=False)
+    return lam, threshold
+
+
+def count_sweeps(
+    scores: torch.Tensor,
+    k: torch.Tensor | float,
+    eps: torch.Tensor | float,
+    mask: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """How many sweeps over each row the forward does, int32 [R]; the arguments are those of :func:`soft_topk_forward`.
+
+    Rows that share a program do as many as the slowest of them. ``config=None`` is the one that a call would get.
+    """
+    if config is None:
+        config = resolve("soft_topk", "forward", scores.dtype, scores.shape[0], scores.shape[1], scores.device)
+    return _solve(scores, k, eps, mask, config, count=True)[2]
+
+
+def _solve(
+    scores: torch.Tensor,
+    k: torch.Tensor | float,
+    eps: torch.Tensor | float,
+    mask: torch.Tensor | None,
+    config: LaunchConfig,
+    count: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     n_rows, n_cols = scores.shape
     compute, tl_compute = compute_dtypes(scores.dtype)
+    check_config("soft_topk", config, n_cols)
+    shape = tiles(config, scores)
     lam = torch.empty((n_rows, n_cols), dtype=scores.dtype, device=scores.device)
     threshold = torch.empty((n_rows, 2), dtype=compute, device=scores.device)
-    check_config("soft_topk", config, n_cols)
-    resident = config.variant == "resident"
-    rows = config.rows_per_program if resident else 1
+    double = compute == torch.float64
+    max_sweeps = MAX_SWEEPS_64 if double else MAX_SWEEPS_32
     k_ptr, k_value, k_stride = row_value_args(k, scores)
     eps = eps if isinstance(eps, torch.Tensor) else positive(eps, compute)
     eps_ptr, eps_value, eps_stride = row_value_args(eps, scores)
     mask_ptr, mask_stride = mask_args(mask, scores)
-    double = compute == torch.float64
-    with on_device(scores.device):
-        (_forward_resident if resident else _forward_tiled)[(triton.cdiv(n_rows, rows),)](
+    shared = shape.programs > 1
+    stepwise = shared and not cooperative(scores.device)
+    ring = max_sweeps + 8 if stepwise else 2
+    words = (
+        torch.zeros((n_rows, ring, SLOTS.value, shape.programs), dtype=torch.int64, device=scores.device) if shared else threshold
+    )
+    counted = count or stepwise
+    sweeps = torch.zeros((n_rows, shape.programs), dtype=torch.int32, device=scores.device) if counted else threshold
+
+    grid = (-(-n_rows // shape.rows) * shape.programs,)
+
+    def solve() -> None:
+        launch(
+            _forward,
+            grid,
             scores,
             k_ptr,
             k_value,
@@ -517,8 +682,11 @@ def soft_topk_forward(
             mask_ptr,
             lam,
             threshold,
+            words,
+            sweeps,
             n_rows,
             n_cols,
+            shape.chunk,
             scores.stride(0),
             mask_stride,
             k_stride,
@@ -528,13 +696,27 @@ def soft_topk_forward(
             HAS_MASK=mask is not None,
             COMPUTE=tl_compute,
             TOLERANCE=2.0**-48 if double else 2.0**-20,
-            MAX_SWEEPS=MAX_SWEEPS_64 if double else MAX_SWEEPS_32,
-            ROWS=rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            MAX_SWEEPS=max_sweeps,
+            HELD=shape.held,
+            EVEN=shape.even,
+            COUNT=counted,
+            COOPERATIVE=shared and not stepwise,
+            PROGRAMS=shape.programs,
+            P_BLOCK=next_power_of_2(shape.programs),
+            RING=ring,
+            REPS=shape.reps,
+            ROWS=shape.rows,
+            LANES=shape.lanes,
+            VEC=shape.vec,
+            **compile_options(config),
+            **({"launch_cooperative_grid": True} if shared and not stepwise else {}),
         )
-    return lam, threshold
+
+    with on_device(scores.device):
+        solve()
+        while stepwise and bool((sweeps < 0).any()):
+            solve()
+    return lam, threshold, sweeps.amax(1) if count else sweeps
 
 
 def soft_topk_backward(
@@ -544,8 +726,8 @@ def soft_topk_backward(
     eps: torch.Tensor | float,
     mask: torch.Tensor | None,
     config: LaunchConfig,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of scores [R, n] (in their dtype), of k [R] and of eps [R] (in the compute type; empty for a number eps).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of scores [R, n] (in their dtype), of k [R] and of eps [R] (in the compute type; None for a number eps).
 
     Args:
         grad: the gradient of lam, [R, n], stride(1) == 1.
@@ -554,39 +736,54 @@ def soft_topk_backward(
     """
     n_rows, n_cols = scores.shape
     compute, tl_compute = compute_dtypes(scores.dtype)
+    check_config("soft_topk", config, n_cols)
+    shape = tiles(config, scores, side_by_side=False)
     dscores = torch.empty((n_rows, n_cols), dtype=scores.dtype, device=scores.device)
     dk = torch.empty((n_rows,), dtype=compute, device=scores.device)
     eps_is_tensor = isinstance(eps, torch.Tensor)
-    deps = torch.empty((n_rows if eps_is_tensor else 0,), dtype=compute, device=scores.device)
-    check_config("soft_topk", config, n_cols)
-    resident = config.variant == "resident"
-    rows = config.rows_per_program if resident else 1
+    deps = torch.empty((n_rows, shape.programs), dtype=compute, device=scores.device) if eps_is_tensor else None
+    shared = shape.programs > 1
+    sums = torch.empty((n_rows, 2, shape.programs), dtype=compute, device=scores.device) if shared else dk
     eps = eps if isinstance(eps, torch.Tensor) else positive(eps, compute)
     eps_ptr, eps_value, eps_stride = row_value_args(eps, scores)
     mask_ptr, mask_stride = mask_args(mask, scores)
+    grid = (-(-n_rows // shape.rows) * shape.programs,)
     with on_device(scores.device):
-        (_backward_resident if resident else _backward_tiled)[(triton.cdiv(n_rows, rows),)](
-            grad,
-            scores,
-            threshold,
-            eps_ptr,
-            eps_value,
-            mask_ptr,
-            dscores,
-            dk,
-            deps if eps_is_tensor else dk,
-            n_rows,
-            n_cols,
-            grad.stride(0),
-            scores.stride(0),
-            mask_stride,
-            eps_stride,
-            EPS_IS_TENSOR=eps_is_tensor,
-            HAS_MASK=mask is not None,
-            COMPUTE=tl_compute,
-            ROWS=rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        for phase in (1, 2) if shared else (0,):
+            launch(
+                _backward,
+                grid,
+                grad,
+                scores,
+                threshold,
+                eps_ptr,
+                eps_value,
+                mask_ptr,
+                dscores,
+                dk,
+                dk if deps is None else deps,
+                sums,
+                n_rows,
+                n_cols,
+                shape.chunk,
+                grad.stride(0),
+                scores.stride(0),
+                mask_stride,
+                eps_stride,
+                EPS_IS_TENSOR=eps_is_tensor,
+                HAS_MASK=mask is not None,
+                COMPUTE=tl_compute,
+                PHASE=phase,
+                HELD=shape.held,
+                EVEN=shape.even,
+                PROGRAMS=shape.programs,
+                P_BLOCK=next_power_of_2(shape.programs),
+                REPS=shape.reps,
+                ROWS=shape.rows,
+                LANES=shape.lanes,
+                VEC=shape.vec,
+                **compile_options(config),
+            )
+    if deps is not None:
+        deps = deps.sum(1) if shared else deps.view(-1)
     return dscores, dk, deps

@@ -639,3 +639,39 @@ def test_drawn_problems(drawn: tuple[Problem, LaunchConfig]) -> None:
 def test_compute_types(dtype: torch.dtype) -> None:
     compute, _ = launch.compute_dtypes(dtype)
     assert compute == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+# --- rows that programs share ----------------------------------------------------------------------------------------
+
+
+def split(block: int, programs: int) -> LaunchConfig:
+    return LaunchConfig("split", block, 1, 1, 1, programs_per_row=programs)
+
+
+@pytest.mark.parametrize("config", [split(32, 2), split(16, 2), split(32, 4)], ids=["held", "in tiles", "more than needed"])
+def test_rows_that_programs_share(config: LaunchConfig) -> None:
+    """Parts that stay in registers, that are re-read, and programs for which no column is left; odd rows among the others."""
+    for rows in (rows_of("ragged mask", "NaN"), rows_of("infinite", "all masked")):
+        check(Problem("soft_topk", 40, rows, eps=0.3, tensor_eps=True), config)
+
+
+def test_shared_rows_in_float64() -> None:
+    """A sum of 64 bits travels in two words."""
+    check(Problem("soft_topk", 40, rows_of("normal"), dtype="float64"), split(32, 2))
+
+
+def test_sharing_changes_no_more_than_rounding() -> None:
+    """The threshold does not depend on how many programs look for it."""
+    p = Problem("soft_topk", 60, rows_of("normal"), eps=0.03)
+    d = draw(p)
+    alone, shared = (run(p, d, config).raw[1].double().sum(1) for config in (resident(60), split(32, 2)))
+    assert torch.allclose(alone, shared, rtol=0.0, atol=1e-6 * 0.03 + 2e-7)
+
+
+def test_sweeps_are_counted() -> None:
+    """Few on normal scores, none where nothing is to be solved."""
+    s = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    s[1] = -torch.inf
+    for config in (resident(64), tiled(32), split(32, 2)):
+        sweeps = soft_topk.count_sweeps(s, 9.0, 0.1, None, config).tolist()
+        assert 1 <= sweeps[0] <= 8 and sweeps[1] == 0 and 1 <= sweeps[2] <= 8, (config, sweeps)
