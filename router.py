@@ -69,9 +69,8 @@ def soft_topk(
         RuntimeError: ``impl="triton"`` where Triton is not installed.
     """
     dim = _check_scores(scores, dim)
-    lead = _without(scores.shape, dim)
-    k_rows = _per_row("k", k, scores, lead, zero_allowed=True)
-    eps_rows = _per_row("eps", eps, scores, lead, zero_allowed=False)
+    k_rows = _per_row("k", k, scores, dim, zero_allowed=True)
+    eps_rows = _per_row("eps", eps, scores, dim, zero_allowed=False)
     rows, mask_rows = _to_rows(scores, mask, dim)
     lam = ops.soft_topk_rows(rows, k_rows, eps_rows, mask_rows, _backend(impl, scores.device))
     return _from_rows(lam, scores.shape, dim)
@@ -128,7 +127,7 @@ def coordinate_descent(
         eps_init = _computable("eps_init", _check_number("eps_init", eps_init, zero_allowed=False), scores)
     eps_init = eps if eps_init is None else max(eps_init, eps)
     eps_decay = _check_number("eps_decay", eps_decay, zero_allowed=False)
-    k_rows = _per_row("k", k, scores, _without(scores.shape, dim), zero_allowed=True)
+    k_rows = _per_row("k", k, scores, dim, zero_allowed=True)
     rows, mask_rows = _to_rows(scores, mask, dim)
     lam = ops.coordinate_descent_rows(
         rows,
@@ -152,37 +151,46 @@ def _backend(impl: str, device: torch.device) -> str:
     return impl
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def _check_scores(scores: Any, dim: Any) -> int:
     """``dim`` counted from the front."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"scores is a {type(scores).__name__}; allowed is a torch.Tensor")
-    if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if scores.dtype not in _DTYPES:
         raise TypeError(
             f"scores has dtype {scores.dtype} and shape {_shape(scores)}; allowed are float16, bfloat16, float32 and float64"
         )
-    if scores.dim() == 0:
+    ndim = scores.dim()
+    if ndim == 0:
         raise ValueError("scores has shape (); allowed are tensors with at least one dimension")
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"dim is {dim!r}; allowed is an integer")
-    if not -scores.dim() <= dim < scores.dim():
-        raise IndexError(f"dim is {dim}, but scores has shape {_shape(scores)}; allowed is {-scores.dim()}..{scores.dim() - 1}")
-    return dim % scores.dim()
+    if not -ndim <= dim < ndim:
+        raise IndexError(f"dim is {dim}, but scores has shape {_shape(scores)}; allowed is {-ndim}..{ndim - 1}")
+    return dim % ndim
 
 
 def _check_number(name: str, value: Any, *, zero_allowed: bool, or_tensor: str = "") -> float:
-    allowed = f"a finite number {'>= 0' if zero_allowed else '> 0'}{or_tensor}"
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         what = f"a tensor of shape {_shape(value)}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"{name} is {what}; allowed is {allowed}")
+        raise TypeError(f"{name} is {what}; allowed is {_finite(zero_allowed)}{or_tensor}")
     number = float(value)
     # no math.isfinite: k may be symbolic while torch.compile traces
     if not 0 <= number < math.inf or (number == 0 and not zero_allowed):
-        raise ValueError(f"{name} is {value}; allowed is {allowed}")
+        raise ValueError(f"{name} is {value}; allowed is {_finite(zero_allowed)}{or_tensor}")
     return number
+
+
+def _finite(zero_allowed: bool) -> str:
+    return f"a finite number {'>= 0' if zero_allowed else '> 0'}"
 
 
 def _computable(name: str, number: float, scores: Tensor) -> float:
     """``number``, checked to be one in the type that the kernels compute in: 1e-50 would be 0 there, and 1e300 infinite."""
+    if 1e-37 < number < 1e38:
+        return number  # in every one of them: the common case, and asking torch for the limits takes time
     info = torch.finfo(torch.float64 if scores.dtype == torch.float64 else torch.float32)
     if number > info.max or 0 < number < info.tiny:
         raise ValueError(
@@ -193,20 +201,23 @@ def _computable(name: str, number: float, scores: Tensor) -> float:
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None, high_name: str = "") -> int:
-    allowed = f"an integer >= {low}" if high is None else f"an integer in {low}..{high} ({high_name})"
     if isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; allowed is {allowed}")
+        raise TypeError(f"{name} is {value!r}; allowed is {_integer(low, high, high_name)}")
     if not isinstance(value, int):
         try:
             value = operator.index(value)
         except TypeError:
-            raise TypeError(f"{name} is {value!r}; allowed is {allowed}") from None
+            raise TypeError(f"{name} is {value!r}; allowed is {_integer(low, high, high_name)}") from None
     if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}; allowed is {allowed}")
+        raise ValueError(f"{name} is {value}; allowed is {_integer(low, high, high_name)}")
     return value
 
 
-def _per_row(name: str, value: Any, scores: Tensor, lead: tuple[int, ...], *, zero_allowed: bool) -> float | Tensor:
+def _integer(low: int, high: int | None, high_name: str) -> str:
+    return f"an integer >= {low}" if high is None else f"an integer in {low}..{high} ({high_name})"
+
+
+def _per_row(name: str, value: Any, scores: Tensor, dim: int, *, zero_allowed: bool) -> float | Tensor:
     """A number as it is; a tensor as one value a row [R], in the dtype that the kernels compute in."""
     if not isinstance(value, Tensor):
         number = _check_number(name, value, zero_allowed=zero_allowed, or_tensor=", or a tensor with one value a row")
@@ -218,6 +229,7 @@ def _per_row(name: str, value: Any, scores: Tensor, lead: tuple[int, ...], *, ze
             f"{name} (shape {_shape(value)}) is on {value.device}, scores (shape {_shape(scores)}) on {scores.device};"
             f" allowed is one device: {name}.to({str(scores.device)!r})"
         )
+    lead = _without(scores.shape, dim)
     if not _broadcasts(value.shape, lead):
         raise ValueError(
             f"{name} has shape {_shape(value)}, scores has shape {_shape(scores)}; allowed is what broadcasts to one value"
@@ -244,12 +256,16 @@ def _to_rows(scores: Tensor, mask: Any, dim: int) -> tuple[Tensor, Tensor | None
                 f"mask has shape {_shape(mask)}, scores has shape {_shape(scores)}; allowed is a mask that broadcasts to scores"
             )
         mask = mask.expand(scores.shape)
+    if scores.dim() == 2 and dim == 1:
+        return scores, mask
     shape = (_product(_without(scores.shape, dim)), scores.shape[dim])
     rows = scores.movedim(dim, -1).reshape(shape)
     return rows, None if mask is None else mask.movedim(dim, -1).reshape(shape)
 
 
 def _from_rows(lam: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    if len(shape) == 2 and dim == 1:
+        return lam
     return lam.reshape((*_without(shape, dim), shape[dim])).movedim(-1, dim)
 
 

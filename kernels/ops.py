@@ -3,6 +3,9 @@
 Each direction of each operator is one opaque registered operator, so that torch.compile traces through without a graph break.
 Which kernel runs and how it is launched is decided on the host inside the operator, behind that boundary.
 
+A plain eager call has no use for that boundary, which costs several times what a launch does: it calls the same kernels through
+a hand-written autograd function, or directly where nothing needs a gradient (:func:`_plain`).
+
 Schemas take rows: scores [R, n] with stride(1) == 1, ``k`` and ``eps`` either a number or a tensor [R] in the compute type
 (float32; float64 for float64 scores), ``mask`` bool [R, n] or None, ``impl`` "triton" or "torch".
 """
@@ -10,11 +13,14 @@ Schemas take rows: scores [R, n] with stride(1) == 1, ``k`` and ``eps`` either a
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import config as _config
 from . import cpu
@@ -79,13 +85,17 @@ def _interpreting() -> bool:
 
 def _resolve(op: str, direction: str, scores: torch.Tensor, impl: str) -> _config.LaunchConfig:
     rows, n = scores.shape
-    if impl == "torch" and scores.device.type == "cpu":
-        return _config.resolve(op, direction, scores.dtype, rows, n, scores.device)
-    if scores.device.type == "cuda" and impl == "triton":
+    if scores.is_cuda if impl == "triton" else scores.is_cpu:
         return _config.resolve(op, direction, scores.dtype, rows, n, scores.device)
     # nothing is tuned for the torch backend on a GPU, nor for the interpreter
     key = _config.make_key(op, direction, scores.dtype, rows, n)
     return _config.heuristic(key, "cpu" if impl == "torch" else "triton")
+
+
+@functools.cache
+def _kernels(op: str, impl: str) -> ModuleType:
+    """The module that holds the kernels of ``op``; Triton is imported no earlier than it is needed."""
+    return cpu if impl == "torch" else importlib.import_module(f".{op}", __package__)
 
 
 def _value(tensor: torch.Tensor | None, number: float) -> torch.Tensor | float:
@@ -98,7 +108,7 @@ def _compute_dtype(scores: torch.Tensor) -> torch.dtype:
 
 def _unit_columns(x: torch.Tensor) -> torch.Tensor:
     """x itself where its columns are adjacent, else a copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _soft_topk(
@@ -111,12 +121,10 @@ def _soft_topk(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config = _resolve("soft_topk", "forward", scores, impl)
-    if impl == "triton":
-        from .soft_topk import soft_topk_forward as forward
-    else:
-        forward = cpu.soft_topk_forward
     mask = None if mask is None else _unit_columns(mask)
-    return forward(_unit_columns(scores), _value(k, k_value), _value(eps, eps_value), mask, config)
+    return _kernels("soft_topk", impl).soft_topk_forward(
+        _unit_columns(scores), _value(k, k_value), _value(eps, eps_value), mask, config
+    )
 
 
 def _soft_topk_backward(
@@ -129,14 +137,15 @@ def _soft_topk_backward(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     config = _resolve("soft_topk", "backward", scores, impl)
-    if impl == "triton":
-        from .soft_topk import soft_topk_backward as backward
-    else:
-        backward = cpu.soft_topk_backward
     mask = None if mask is None else _unit_columns(mask)
     grad, scores = _unit_columns(grad), _unit_columns(scores)
-    dscores, dk, deps = backward(grad, scores, threshold, _value(eps, eps_value), mask, config)
-    return dscores, dk, deps if eps is not None else deps.new_empty(0)
+    return _kernels("soft_topk", impl).soft_topk_backward(grad, scores, threshold, _value(eps, eps_value), mask, config)
+
+
+def _soft_topk_backward_registered(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A registered operator returns tensors: an empty one where eps is a number."""
+    dscores, dk, deps = _soft_topk_backward(*arguments)
+    return dscores, dk, dk.new_empty(0) if arguments[3] is None else deps
 
 
 def _coordinate_descent(
@@ -148,16 +157,14 @@ def _coordinate_descent(
     eps: float,
     eps_init: float,
     eps_decay: float,
-    segments: int,
+    segments: int | None,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config = _resolve("coordinate_descent", "forward", scores, impl)
-    if impl == "triton":
-        from .coordinate_descent import coordinate_descent_forward as forward
-    else:
-        forward = cpu.coordinate_descent_forward
+    if segments is None:
+        segments = _config.scale_segments(config, n_iters)
     mask = None if mask is None else _unit_columns(mask)
-    return forward(
+    return _kernels("coordinate_descent", impl).coordinate_descent_forward(
         _unit_columns(scores),
         _value(k, k_value),
         mask,
@@ -185,12 +192,8 @@ def _coordinate_descent_backward(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config = _resolve("coordinate_descent", "backward", scores, impl)
-    if impl == "triton":
-        from .coordinate_descent import coordinate_descent_backward as backward
-    else:
-        backward = cpu.coordinate_descent_backward
     mask = None if mask is None else _unit_columns(mask)
-    return backward(
+    return _kernels("coordinate_descent", impl).coordinate_descent_backward(
         _unit_columns(grad),
         _unit_columns(scores),
         states,
@@ -292,7 +295,7 @@ def _register(name: str, kernel: Any, fake: Any, backward: Any, setup_context: A
 
 
 _register("soft_topk", _soft_topk, _soft_topk_fake, _soft_topk_autograd, _soft_topk_setup)
-_register("soft_topk_backward", _soft_topk_backward, _soft_topk_backward_fake, _no_second_order("soft_topk"))
+_register("soft_topk_backward", _soft_topk_backward_registered, _soft_topk_backward_fake, _no_second_order("soft_topk"))
 _register(
     "coordinate_descent",
     _coordinate_descent,
@@ -308,6 +311,143 @@ _register(
 )
 
 
+# --- plain eager calls -----------------------------------------------------------------------------------------------
+
+
+def _plain_keys() -> frozenset[int]:
+    """The dispatch keys of a dense tensor on a CPU or a GPU that nothing wraps; an inference tensor lacks those of autograd."""
+    found = []
+    for backend in ("CPU", "CUDA"):
+        dense, autograd, autocast = (getattr(torch._C.DispatchKey, name + backend) for name in ("", "Autograd", "Autocast"))
+        inference = torch._C.DispatchKeySet(dense).add(autocast)
+        found += [inference, inference.add(torch._C.DispatchKey.ADInplaceOrView).add(autograd)]
+    return frozenset(keys.raw_repr() for keys in found)
+
+
+try:
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _dispatch_keys,
+        _is_tracing,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+
+    _PLAIN_KEYS = _plain_keys()
+    forward_ad._current_level  # noqa: B018
+except (ImportError, AttributeError):
+    # a torch that cannot be asked: every tensor has a key, so that all go through the registered operators
+    _PLAIN_KEYS = frozenset()
+
+
+def _plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether nothing would see a call but autograd, so that kernels may be called without the dispatcher.
+
+    Nothing traces or transforms: no compiler, jit.trace, functorch transform, mode or dual level of forward AD; and the tensors
+    are no subclass and no wrapper, and hold their values as they stand (no lazy negation, no other layout).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not _PLAIN_KEYS
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in (torch.Tensor, torch.nn.Parameter) or _dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS
+        ):
+            return False
+    return True
+
+
+class _SoftTopk(torch.autograd.Function):
+    """What the registered operator and its backward do, for a plain eager call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: torch.Tensor,
+        k: torch.Tensor | None,
+        k_value: float,
+        eps: torch.Tensor | None,
+        eps_value: float,
+        mask: torch.Tensor | None,
+        impl: str,
+    ) -> torch.Tensor:
+        lam, threshold = _soft_topk(scores, k, k_value, eps, eps_value, mask, impl)
+        ctx.save_for_backward(scores, threshold, eps, mask)
+        ctx.eps_value, ctx.impl = eps_value, impl
+        ctx.set_materialize_grads(False)
+        return lam
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 7
+        scores, threshold, eps, mask = ctx.saved_tensors
+        arguments = (grad, scores, threshold, eps, ctx.eps_value, mask, ctx.impl)
+        direct = _first_order(grad, scores)
+        dscores, dk, deps = (_soft_topk_backward if direct else torch.ops.coordroute.soft_topk_backward)(*arguments)
+        needs_scores, needs_k, _, needs_eps, *_ = ctx.needs_input_grad
+        return dscores if needs_scores else None, dk if needs_k else None, None, deps if needs_eps else None, None, None, None
+
+
+class _CoordinateDescent(torch.autograd.Function):
+    """What the registered operator and its backward do, for a plain eager call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: torch.Tensor,
+        k: torch.Tensor | None,
+        k_value: float,
+        mask: torch.Tensor | None,
+        n_iters: int,
+        eps: float,
+        eps_init: float,
+        eps_decay: float,
+        segments: int | None,
+        impl: str,
+    ) -> torch.Tensor:
+        lam, states = _coordinate_descent(scores, k, k_value, mask, n_iters, eps, eps_init, eps_decay, segments, impl)
+        ctx.save_for_backward(scores, states, k, mask)
+        ctx.k_value, ctx.schedule, ctx.impl = k_value, (n_iters, eps, eps_init, eps_decay), impl
+        ctx.set_materialize_grads(False)
+        return lam
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 10
+        scores, states, k, mask = ctx.saved_tensors
+        backward: Any = (
+            _coordinate_descent_backward if _first_order(grad, scores) else torch.ops.coordroute.coordinate_descent_backward
+        )
+        dscores, dk = backward(grad, scores, states, k, ctx.k_value, mask, *ctx.schedule, ctx.impl)
+        needs_scores, needs_k, *_ = ctx.needs_input_grad
+        return dscores if needs_scores else None, dk if needs_k else None, *((None,) * 8)
+
+
+def _first_order(grad: torch.Tensor, scores: torch.Tensor) -> bool:
+    """Whether a backward may call the kernel itself; the registered operator is what says that there is no second order."""
+    return not torch.is_grad_enabled() and _plain(grad, scores)
+
+
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+# --- the operators on rows -------------------------------------------------------------------------------------------
+
+
 def _split(value: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
     return (value, 0.0) if isinstance(value, torch.Tensor) else (None, float(value))
 
@@ -316,8 +456,13 @@ def soft_topk_rows(
     scores: torch.Tensor, k: torch.Tensor | float, eps: torch.Tensor | float, mask: torch.Tensor | None, impl: str
 ) -> torch.Tensor:
     """lam [R, n] of the exact solver; differentiable in scores, k and eps."""
-    lam, _ = torch.ops.coordroute.soft_topk(scores, *_split(k), *_split(eps), mask, impl)
-    return lam
+    k_rows, k_value = _split(k)
+    eps_rows, eps_value = _split(eps)
+    if not _plain(scores, k_rows, eps_rows, mask):
+        return torch.ops.coordroute.soft_topk(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)[0]
+    if _needs_grad(scores, k_rows, eps_rows):
+        return _SoftTopk.apply(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)
+    return _soft_topk(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)[0]
 
 
 def coordinate_descent_rows(
@@ -336,12 +481,16 @@ def coordinate_descent_rows(
     ``checkpoint_segments=None`` takes the tuned share; inside torch.compile, where shapes may be symbolic, it is one segment
     an iteration. The gradient is bitwise the same for every number of segments.
     """
-    if checkpoint_segments is None:
-        if torch.compiler.is_compiling():
-            checkpoint_segments = n_iters
-        else:
-            checkpoint_segments = _config.scale_segments(_resolve("coordinate_descent", "forward", scores, impl), n_iters)
-    lam, _ = torch.ops.coordroute.coordinate_descent(
-        scores, *_split(k), mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, impl
-    )
-    return lam
+    k_rows, k_value = _split(k)
+    if not _plain(scores, k_rows, mask):
+        if checkpoint_segments is None:
+            if torch.compiler.is_compiling():
+                checkpoint_segments = n_iters
+            else:
+                checkpoint_segments = _config.scale_segments(_resolve("coordinate_descent", "forward", scores, impl), n_iters)
+        return torch.ops.coordroute.coordinate_descent(
+            scores, k_rows, k_value, mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, impl
+        )[0]
+    # here None goes on to where the configuration is known
+    arguments = (scores, k_rows, k_value, mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, impl)
+    return _CoordinateDescent.apply(*arguments) if _needs_grad(scores, k_rows) else _coordinate_descent(*arguments)[0]
