@@ -11,11 +11,12 @@ CoLT5-attention 0.9.0 (arXiv:2303.09752) with the row b eliminated.
 How it is made quick without a compiler:
 
 - Work goes in blocks of rows that stay in the cache; every buffer of a block is allocated once a call and reused in place.
-- A sweep of ``soft_topk`` does not exponentiate: ``E_i = exp((s_i - anchor)/eps)`` is kept, and while tau stays within half an
-  eps of the anchor a sweep only scales, compares and adds. The anchor is an unevaluated sum hi + lo, so that the differences
-  are right to the last bit wherever the scores lie.
-- ``exp2`` is used instead of ``exp`` (it is two to three times as fast in torch).
-- Scalars of a row (tau, brackets, logarithms) are float64 tensors of shape ``[rows, 1]``; there are few of them.
+- A sweep of ``soft_topk`` does not exponentiate: ``E_i = exp((s_i - anchor)/eps)`` is kept, and while tau stays near the anchor
+  a sweep only scales, compares and adds. The anchor is a number of the scores' own precision, so that the differences are
+  right wherever the scores lie. Likewise for iterations of ``coordinate_descent`` at one eps.
+- ``exp2`` is used instead of ``exp`` (it is far faster in torch), and never where its result would be subnormal.
+- Scalars of a row (tau, brackets, logarithms) are float64 of shape ``[rows, 1]``, mostly numpy arrays: there are few of them,
+  and each call of torch on so few costs as much as a pass over a whole row.
 
 Why results do not depend on the size of a block: each row's sums are over that row alone in an order that depends on n only
 (:func:`_row_sum`), decisions are taken row by row, and the buffers are padded so that ``exp2`` meets every element in its
@@ -31,12 +32,17 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import LaunchConfig
 
 VARIANTS = ("eager", "inductor")
+
+Column = NDArray[Any]
+"""One number a row, [rows, 1], on the host: numpy's calls on a few numbers take a fraction of the time of torch's."""
 
 _LOG2E = 1.4426950408889634
 _INF = float("inf")
@@ -63,7 +69,13 @@ sorted."""
 _SHORT = 128
 """Rows up to this length are sorted at once: that takes fewer passes than bisection."""
 
-_REACH = 1.5
+_MOST = 0.75
+"""Share of a block's rows that are done at which the others go on alone."""
+
+_CLOSE = 0.25
+"""A relative residual of the unsaturated mass up to which the step that is exact for them is the better one."""
+
+_REACH = 4.0
 """How far from its anchor, in units of eps/log2(e), a threshold may be before the exponentials are computed anew."""
 
 _TOLERANCE = 16.0
@@ -101,8 +113,13 @@ def _check(config: LaunchConfig) -> None:
         raise ValueError(f"variant is {config.variant!r}; the torch backend has {' and '.join(map(repr, VARIANTS))}")
 
 
+def _block_rows(rows: int, config: LaunchConfig) -> int:
+    """Rows of a block: what the configuration gives a core's cache, for each thread that works on it."""
+    return min(rows, max(1, config.rows_per_program) * torch.get_num_threads())
+
+
 def _blocks(rows: int, config: LaunchConfig) -> Iterator[slice]:
-    step = max(1, config.rows_per_program)
+    step = _block_rows(rows, config)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -159,6 +176,19 @@ class _Workspace:
         return _Buffer(memory[:count].view(rows, self.n), memory[:padded])
 
 
+def _flush(exponents: Tensor) -> Tensor:
+    """-inf, in place, where exp2 would give less than a normal number: to compute those it takes three times as long."""
+    return torch.threshold_(exponents, math.log2(torch.finfo(exponents.dtype).tiny), -_INF)
+
+
+def _clamped_to(out: Tensor, weights: Tensor) -> None:
+    """min(weights, 1) to ``out``, of any dtype; changes ``weights`` or not."""
+    if out.dtype == weights.dtype:
+        torch.clamp_max(weights, 1.0, out=out)
+    else:
+        out.copy_(weights.clamp_max_(1.0))
+
+
 def _aligned(function: Callable[..., Tensor], x: Tensor) -> Tensor:
     """``function`` of a few scalars, the same bits wherever among them one stands (see the module's docstring)."""
     count = x.numel()
@@ -182,11 +212,39 @@ def _row_sum(x: Tensor) -> Tensor:
     return total
 
 
+def _row_norm(x: Tensor) -> Tensor:
+    """Euclidean norms of contiguous rows, [R, n] -> [R, 1], likewise."""
+    n = x.shape[-1]
+    if n <= _SUM_CHUNK:
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    head = x[:, : n // _SUM_CHUNK * _SUM_CHUNK].unflatten(-1, (-1, _SUM_CHUNK))
+    tail = x[:, head.shape[1] * _SUM_CHUNK :]
+    parts = torch.linalg.vector_norm(head, dim=-1), torch.linalg.vector_norm(tail, dim=-1, keepdim=True)
+    return _row_norm(torch.cat(parts, dim=-1))
+
+
 def _column(value: float | Tensor, rows: slice, like: Tensor) -> Tensor:
     """A number or a tensor [R] as float64 [rows, 1]."""
     if isinstance(value, Tensor):
         return value[rows].to(torch.float64).unsqueeze(-1)
     return torch.full((rows.stop - rows.start, 1), float(value), dtype=torch.float64, device=like.device)
+
+
+def _host(x: Tensor) -> Column:
+    return x.cpu().numpy()
+
+
+def _device(column: Column, like: Tensor) -> Tensor:
+    """In the dtype of ``like``, unless it is not of floating point."""
+    tensor = torch.from_numpy(column)
+    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+
+
+def _host_column(value: float | Tensor, rows: slice) -> Column:
+    """A number or a tensor [R] as float64 [rows, 1]."""
+    if isinstance(value, Tensor):
+        return _host(value[rows].to(torch.float64).unsqueeze(-1))
+    return np.full((rows.stop - rows.start, 1), float(value))
 
 
 def _scores(scores: Tensor, mask: Tensor | None, rows: slice, compute: torch.dtype) -> Tensor:
@@ -240,7 +298,6 @@ def _fused_newton(
     """A few sweeps, each with the step that follows from it: (hi, lo, done, lam)."""
     wide = scale.double()
     unit = torch.finfo(x.dtype).eps
-    floor = _floor(budget, unit)
     for _ in range(_FUSED_SWEEPS):
         d = (x - hi) - lo
         saturated = d >= 0
@@ -248,8 +305,8 @@ def _fused_newton(
         mass = torch.where(saturated, 0.0, torch.exp2(d * scale)).sum(-1, keepdim=True)
         tau = hi.double() + lo.double()
         left, right = (lower - tau) * wide, (upper - tau) * wide
-        offset, done, _, _ = _update(count, mass, k, budget, floor, torch.zeros_like(tau), done, left, right, False, unit)
-        hi, lo = _moved(hi, lo, offset / wide)
+        offset, done = _update(count, mass, k, budget, done, left, right, unit)
+        hi, lo = _pair_moved(hi, lo, offset / wide)
     return hi, lo, done, torch.exp2(((x - hi) - lo) * scale).clamp_max(1.0)
 
 
@@ -300,47 +357,45 @@ def _fused_previous(
 
 
 class _EagerSums:
-    """M and U of a block of rows near an anchor hi + lo, without an exponential a sweep.
+    """The sums of a block of rows near an anchor, without an exponential a sweep.
 
-    Offsets are in units of eps/log2(e): the threshold is ``hi + lo + offset/scale``.
+    Offsets are in units of eps/log2(e): the threshold is ``anchor + offset/scale``.
     """
 
-    def __init__(self, x: Tensor, scale: Tensor, space: _Workspace) -> None:
+    def __init__(self, x: Tensor, scale: Tensor, space: _Workspace, name: str = "") -> None:
         rows = x.shape[0]
         self.x, self.scale = x, scale
-        self.kept, self.work, self.count = space("kept", rows), space("work", rows), space("count", rows)
-        self.few = torch.zeros(_padded(rows), dtype=torch.float64, device=x.device)
-        self.few_view = self.few[:rows].view(rows, 1)
+        self.kept, self.work, self.count = space(name + "kept", rows), space(name + "work", rows), space(name + "count", rows)
+        # comparisons with a tensor are quick, those with a number are not
+        self.one = x.new_full((1, 1), -1.0)
 
-    def anchor(self, hi: Tensor, lo: Tensor) -> None:
-        """Keeps exp((s - hi - lo)/eps); an overflow to inf is a saturated entry."""
+    def anchor(self, at: Column) -> None:
+        """Keeps exp((s - at)/eps); an overflow to inf is a saturated entry."""
         kept = self.kept.view
-        torch.sub(self.x, hi, out=kept)
-        kept.sub_(lo)
-        kept.mul_(self.scale)
+        torch.sub(self.x, _device(at, self.x), out=kept)
+        _flush(kept.mul_(self.scale))
         self.kept.flat.exp2_()
 
-    def sums(self, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, -U), [rows, 1] in the compute dtype, at the threshold anchor + offset."""
+    def sums(self, offset: Column) -> tuple[Column, Column, Column]:
+        """(M, U, the largest of U) at the threshold anchor + offset."""
         work, count = self.work.view, self.count.view
         # negated, because torch.threshold keeps what is above its threshold
-        torch.mul(self.kept.view, self._factor(offset).neg_(), out=work)
-        torch.le(work, -1.0, out=count)
+        torch.mul(self.kept.view, self._factor(offset, -1.0), out=work)
+        torch.le(work, self.one, out=count)
         torch.threshold_(work, -1.0, 0.0)
-        return _row_sum(count), _row_sum(work)
+        found = _host(torch.cat((_row_sum(count), _row_sum(work), work.amin(-1, keepdim=True)), dim=-1)).astype(np.float64)
+        return found[:, :1], -found[:, 1:2], -found[:, 2:]
 
-    def _factor(self, offset: Tensor) -> Tensor:
-        torch.neg(offset, out=self.few_view)
-        self.few.exp2_()
-        return self.few_view.to(self.x.dtype, copy=True)
+    def _factor(self, offset: Column, sign: float) -> Tensor:
+        # neither 0 nor inf, or an exponential that is inf or 0 would become NaN
+        info = torch.finfo(self.x.dtype)
+        return _device(sign * np.exp2(-offset).clip(info.tiny, info.max), self.x)
 
-    def values(self, offset: Tensor, out: Tensor) -> None:
+    def values(self, offset: Column, out: Tensor) -> None:
         """lam at the threshold anchor + offset."""
-        work = out if out.dtype == self.x.dtype else self.work.view
-        torch.mul(self.kept.view, self._factor(offset), out=work)
-        work.clamp_max_(1.0)
-        if work is not out:
-            out.copy_(work)
+        work = self.work.view
+        torch.mul(self.kept.view, self._factor(offset, 1.0), out=work)
+        _clamped_to(out, work)
 
 
 def _scale(eps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -348,7 +403,7 @@ def _scale(eps: Tensor, dtype: torch.dtype) -> Tensor:
     return (_LOG2E / eps).clamp_max(torch.finfo(dtype).max).to(dtype)
 
 
-def _moved(hi: Tensor, lo: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+def _pair_moved(hi: Tensor, lo: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """The unevaluated sum hi + lo + step (float64) as a pair of the compute dtype (a two-sum)."""
     rest = lo.double() + step
     new_hi = (hi.double() + rest).to(hi.dtype)
@@ -356,23 +411,24 @@ def _moved(hi: Tensor, lo: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     return new_hi, new_lo
 
 
-def _moments(x: Tensor, work: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of rows of ``count`` entries, good enough to start from."""
-    count = count.to(x.dtype)
-    mean = _row_sum(x) / count
-    torch.sub(x, mean, out=work)
-    deviation = torch.linalg.vector_norm(work, dim=-1, keepdim=True) / count.sqrt()
-    return mean.double(), deviation.double()
+def _moments(x: Tensor, count: Column, finite: Tensor | None = None) -> tuple[Column, Column]:
+    """Mean and variance of rows of ``count`` entries, those that are ``finite``, good enough to start from; float64.
 
-
-def _moments_of_finite(x: Tensor, finite: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The same over the finite entries. A row that has no others gets the very bits of :func:`_moments`, so that its
-    result does not depend on its neighbours."""
-    count = count.to(x.dtype)
-    mean = _row_sum(torch.where(finite, x, 0.0)) / count
-    away = torch.where(finite, x - mean, 0.0)
-    deviation = torch.linalg.vector_norm(away, dim=-1, keepdim=True) / count.sqrt()
-    return mean.double(), deviation.double()
+    Infinite or NaN where a score is, or where its square is beyond the range. A row whose entries are all finite gets
+    the same bits with ``finite`` as without, so that its result does not depend on its neighbours.
+    """
+    clean = x if finite is None else torch.where(finite, x, 0.0)
+    found = _host(torch.cat((_row_sum(clean), _row_norm(clean)), dim=-1)).astype(np.float64)
+    mean = found[:, :1] / count
+    square = mean * mean
+    variance = found[:, 1:] ** 2 / count - square
+    offset = variance <= 1e-3 * square  # too much cancels: subtract the mean first
+    if offset.any():
+        away = x - _device(mean, x)
+        if finite is not None:
+            away = torch.where(finite, away, 0.0)
+        variance = np.where(offset, _host(_row_norm(away)).astype(np.float64) ** 2 / count, variance)
+    return mean, variance
 
 
 def _solve_by_sorting(x: Tensor, k: Tensor, eps: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,189 +465,298 @@ def _solve_by_sorting(x: Tensor, k: Tensor, eps: Tensor, scale: Tensor) -> tuple
 
 
 class _Problem(NamedTuple):
-    """Rows to solve, with finite thresholds: 0 < budget < count. All but x are [rows, 1]; all but x and scale are
-    float64."""
+    """Rows to solve, with finite thresholds: 0 < budget < count. All but x are [rows, 1], float64."""
 
     x: Tensor  # [rows, n], compute dtype
-    k: Tensor  # what lam is to sum to over all entries, +inf scores among them
-    budget: Tensor  # over finite entries
-    eps: Tensor
-    scale: Tensor  # log2(e)/eps, compute dtype
-    lower: Tensor  # bracket of tau
-    upper: Tensor
+    k: Column  # what lam is to sum to over all entries, +inf scores among them
+    budget: Column  # over finite entries
+    eps: Column
+    scale: Column  # log2(e)/eps, rounded to the compute dtype
+    lower: Column  # bracket of tau
+    upper: Column
+
+    def part(self, rows: Column) -> _Problem:
+        return _Problem(self.x[torch.from_numpy(rows).to(self.x.device)], *(value[rows] for value in self[1:]))
 
 
 class _State(NamedTuple):
-    """Where rows have got to: tau = hi + lo + offset/scale."""
+    """Where rows have got to: tau = anchor + offset/scale, the anchor a number of the compute dtype."""
 
-    hi: Tensor
-    lo: Tensor
-    offset: Tensor
-    done: Tensor
+    anchor: Column
+    offset: Column
+    done: Column
+
+    def part(self, rows: Column) -> _State:
+        return _State(*(value[rows] for value in self))
 
 
-def _floor(budget: Tensor, unit: float) -> Tensor:
-    """The residual that does not matter, however small U is."""
-    return budget.clamp(max=1.0).mul_(_FLOOR * _TOLERANCE * unit)
+def _floor(budget: Any, unit: float) -> Any:
+    """The residual that does not matter, however small U is; of a tensor or an array."""
+    return budget.clip(max=1.0) * (_FLOOR * _TOLERANCE * unit)
 
 
 def _update(
-    saturated: Tensor, mass: Tensor, k: Tensor, budget: Tensor, floor: Tensor, offset: Tensor, done: Tensor, left:
-    Tensor,
-    right: Tensor, guarded: bool, unit: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """A Newton step on log F for rows that are not done: the new (offset, done, left, right), all in units of
-    eps/log2(e).
-
-    The bracket [left, right] is fixed, and only clamps, unless ``guarded``: then it shrinks, and a step that leaves
-    it is replaced by
-    a bisection.
-    """
+    saturated: Tensor,
+    mass: Tensor,
+    k: Tensor,
+    budget: Tensor,
+    done: Tensor,
+    left: Tensor,
+    right: Tensor,
+    unit: float,
+) -> tuple[Tensor, Tensor]:
+    """A Newton step on log F inside [left, right], 0 for rows that are done, and which are done now; in units of
+    eps/log2(e)."""
     residual = (saturated - k).add_(mass)
     size, steerable = residual.abs(), mass * (_TOLERANCE * unit)
-    reached = size <= torch.maximum(floor, steerable)
+    reached = size <= torch.maximum(_floor(budget, unit), steerable)
     step = torch.log1p(residual / budget).mul_((residual + budget).div_(mass)).mul_(_LOG2E)
     # the last step of a row that is done polishes it, unless U is too little to steer by
     step = step.masked_fill_(done | (reached & (size >= steerable)), 0.0)
-    if guarded:
-        above = residual > 0
-        left, right = torch.where(above, offset, left), torch.where(above, right, offset)
+    return step.clamp_(left, right), done | reached
+
+
+def _advance(sums: tuple[Column, Column, Column], problem: _Problem, floor: Column) -> tuple[Column, Column]:
+    """The step from the sums of a sweep, in units of eps/log2(e), and which rows it ends.
+
+    As long as no entry crosses 1 the unsaturated ones are to be multiplied by (k - M)/U, and that is exact. Where some
+    do cross, it is an upper bound of tau all the same, from which such steps fall to tau; but farther away Newton's
+    step on log F is the better one.
+    """
+    saturated, mass, largest = sums
+    rest = problem.k - saturated
+    ratio = rest / mass
+    close = np.abs(ratio - 1.0) < _CLOSE
+    slack = _TOLERANCE * torch.finfo(problem.x.dtype).eps
+    exact = close & (ratio >= 1.0 - slack) & (largest * ratio <= 1.0)
+    excess = mass - rest
+    total = excess + problem.budget
+    step = np.where(close, -np.log2(ratio), np.log2(total / problem.budget) * (total / mass))
+    reached = np.abs(excess) <= floor
+    # what no step can resolve stays where it is
+    return np.where(reached & ~exact, 0.0, step), exact | reached
+
+
+def _moved(state: _State, dtype: torch.dtype, scale: Column, done: Column) -> tuple[Column, Column]:
+    """(anchor, offset) of rows that are to compute their exponentials anew: there where tau is."""
+    far = (np.abs(state.offset) > _REACH) & ~done
+    tau = np.where(far, state.anchor + state.offset / scale, state.anchor)
+    anchor = _rounded(tau, dtype)
+    return anchor, np.where(far, (state.anchor - anchor) * scale + state.offset, state.offset)
+
+
+def _rounded(column: Column, dtype: torch.dtype) -> Column:
+    """float64, but numbers of the compute dtype."""
+    return column if dtype == torch.float64 else column.astype(np.float32).astype(np.float64)
+
+
+def _sweep(problem: _Problem, state: _State, sums: _EagerSums, first: int) -> tuple[_State, int]:
+    """Sweeps ``first`` and on, each with its step, until every row is done or nearly so many that the others had
+    better go on alone. The exponentials at the anchor are there, unless ``first`` is 0. Also the number of the next.
+    """
+    anchor, offset, done = state
+    scale = problem.scale
+    floor = _floor(problem.budget, torch.finfo(problem.x.dtype).eps)
+    if first == 0:
+        sums.anchor(anchor)
+    for sweep in range(first, _FREE_SWEEPS):
+        step, ends = _advance(sums.sums(offset), problem, floor)
+        aim = np.where(done, offset, offset + step)
+        offset = np.where(done, offset, aim.clip((problem.lower - anchor) * scale, (problem.upper - anchor) * scale))
+        done = done | (ends & (aim == offset))
+        if sweep + 1 < _FREE_SWEEPS and bool(((np.abs(offset) > _REACH) & ~done).any()):
+            anchor, offset = _moved(_State(anchor, offset, done), problem.x.dtype, scale, done)
+            sums.anchor(anchor)
+        if done.sum() >= _MOST * done.size:
+            return _State(anchor, offset, done), sweep + 1
+    return _State(anchor, offset, done), _FREE_SWEEPS
+
+
+def _newton(problem: _Problem, state: _State, space: _Workspace) -> tuple[_State, _EagerSums]:
+    """Free sweeps: those of the whole block, then those of the rows that are left."""
+    sums = _EagerSums(problem.x, _device(problem.scale, problem.x), space)
+    state, after = _sweep(problem, state, sums, 0)
+    if after < _FREE_SWEEPS and not state.done.all():
+        left = np.flatnonzero(~state.done)
+        where = torch.from_numpy(left).to(problem.x.device)
+        part, end = problem.part(left), state.part(left)
+        few = _EagerSums(part.x, _device(part.scale, part.x), space, "few ")
+        torch.index_select(sums.kept.view, 0, where, out=few.kept.view)
+        while after < _FREE_SWEEPS and not end.done.all():
+            end, after = _sweep(part, end, few, after)
+        sums.kept.view.index_copy_(0, where, few.kept.view)
+        for value, solved in zip(state, end, strict=True):
+            value[left] = solved
+    return state, sums
+
+
+def _guarded(problem: _Problem, state: _State, space: _Workspace) -> _State:
+    """Sweeps inside a bracket that shrinks."""
+    x, k, budget, _, scale, lower, upper = problem
+    sums = _EagerSums(x, _device(scale, x), space, "few ")
+    unit = torch.finfo(x.dtype).eps
+    floor = _floor(budget, unit)
+    tau = state.anchor + state.offset / scale
+    tau = np.where(np.isnan(tau), upper, tau).clip(lower, upper)
+    anchor = _rounded(tau, x.dtype)
+    offset, done = (tau - anchor) * scale, state.done
+    sums.anchor(anchor)
+    for sweep in range(_GUARDED_SWEEPS):
+        saturated, mass, _ = sums.sums(offset)
+        residual = (saturated - k) + mass
+        steerable = mass * (_TOLERANCE * unit)
+        reached = np.abs(residual) <= np.maximum(floor, steerable)
+        step = np.log1p(residual / budget) * ((residual + budget) / mass) * _LOG2E
+        # the last step of a row that is done polishes it, unless U is too little to steer by
+        step = np.where(reached & (np.abs(residual) >= steerable), 0.0, step)
+        above, tau = residual > 0, anchor + offset / scale
+        lower, upper = np.where(above & ~done, tau, lower), np.where(above | done, upper, tau)
+        left, right = (lower - anchor) * scale, (upper - anchor) * scale
         candidate = offset + step
         inside = (candidate >= left) & (candidate <= right)
-        offset = torch.where(done | inside | reached, candidate, 0.5 * left + 0.5 * right)
-    else:
-        offset = (offset + step).clamp_(left, right)
-    return offset, done | reached, left, right
-
-
-def _newton(problem: _Problem, state: _State, space: _Workspace, guarded: bool, sweeps: int) -> tuple[_State, _EagerSums]:
-    """At most ``sweeps`` steps; ends when every row is done."""
-    hi, lo, offset, done = state
-    sums = _EagerSums(problem.x, problem.scale, space)
-    unit = torch.finfo(problem.x.dtype).eps
-    floor = _floor(problem.budget, unit)
-    scale = problem.scale.double()
-    base = hi.double() + lo
-    left, right = (problem.lower - base) * scale, (problem.upper - base) * scale
-    sums.anchor(hi, lo)
-    for sweep in range(sweeps):
-        saturated, negated = sums.sums(offset)
-        offset, done, left, right = _update(
-            saturated, negated.neg_(), problem.k, problem.budget, floor, offset, done, left, right, guarded, unit,
-        )  # fmt: skip
-        if bool(done.all()):
+        offset = np.where(done, offset, np.where(inside | reached, candidate, 0.5 * left + 0.5 * right))
+        done = done | reached
+        if done.all():
             break
-        far = offset.abs() > _REACH
-        if bool(far.any()) and sweep + 1 < sweeps:
-            far = far & ~done
-            new_hi, new_lo = _moved(hi, lo, offset / scale)
-            shift = (((new_hi.double() - hi) + (new_lo.double() - lo)) * scale).masked_fill_(~far, 0.0)
-            hi, lo = torch.where(far, new_hi, hi), torch.where(far, new_lo, lo)
-            offset = offset.masked_fill(far, 0.0)
-            left, right = left - shift, right - shift
-            sums.anchor(hi, lo)
-    return _State(hi, lo, offset, done), sums
+        if sweep + 1 < _GUARDED_SWEEPS and bool(((np.abs(offset) > _REACH) & ~done).any()):
+            anchor, offset = _moved(_State(anchor, offset, done), x.dtype, scale, done)
+            sums.anchor(anchor)
+    return _State(anchor, offset, done)
 
 
 def _newton_fused(problem: _Problem, state: _State) -> tuple[_State, Tensor]:
-    """The same, unguarded, and lam: a few sweeps a compiled call; hi + lo is the threshold itself, the offset stays
-    0."""
-    hi, lo, offset, done = state
-    constants = (problem.lower, problem.upper, problem.k, problem.budget)
-    lam = problem.x
+    """The same, unguarded, and lam: a few sweeps a compiled call."""
+    x = problem.x
+    hi, scale = _device(state.anchor, x), _device(problem.scale, x)
+    lo, done = torch.zeros_like(hi), _device(state.done, x)
+    double = torch.empty(0, dtype=torch.float64, device=x.device)
+    constants = [_device(value, double) for value in (problem.lower, problem.upper, problem.k, problem.budget)]
+    lam = x
     for _ in range(_FREE_SWEEPS // _FUSED_SWEEPS):
-        hi, lo, done, lam = _inductor(_fused_newton, problem.x)(problem.x, problem.scale, hi, lo, done, *constants)
+        hi, lo, done, lam = _inductor(_fused_newton, x)(x, scale, hi, lo, done, *constants)
         if bool(done.all()):
             break
-    return _State(hi, lo, offset, done), lam
+    return _State(_host(hi).astype(np.float64), _host(lo).astype(np.float64) * problem.scale, _host(done)), lam
+
+
+def _bracket(top: Column, bottom: Column, count: Column, budget: Column, eps: Column) -> tuple[Column, Column]:
+    """Bounds of tau from bounds of the scores: below ``lower`` every entry is at least k/n, above ``upper`` at most."""
+    spread = eps * np.log(count / budget)
+    slack = 1e-15 * np.maximum(np.abs(top), np.abs(bottom)) + 1e-12 * eps
+    return bottom + spread - slack, top + spread + slack
+
+
+def _raised(lower: Column, top: Column, budget: Column, eps: Column) -> Column:
+    """``lower``, raised where k <= 1: there the largest entry alone must not exceed k."""
+    largest = top - eps * np.log(budget) - 1e-15 * np.abs(top) - 1e-12 * eps
+    return np.where(budget <= 1, np.maximum(lower, largest), lower)
+
+
+def _top(x: Tensor) -> Column:
+    """The largest finite score."""
+    return _host(torch.where(x.isfinite(), x, -_INF).amax(-1, keepdim=True).double())
+
+
+def _normal_quantile(share: Column) -> Column:
+    return _host(_aligned(torch.special.ndtri, torch.from_numpy(share)))
+
+
+class _Settled(NamedTuple):
+    """Rows that need no solving."""
+
+    which: Column
+    spoiled: Column  # NaN rows
+    nothing: Column  # no budget is left for finite entries
 
 
 def _threshold_and_values(
-    x: Tensor, k: Tensor, eps: Tensor, config: LaunchConfig, space: _Workspace, out: Tensor
+    x: Tensor, k: Column, eps: Column, harmless: bool, config: LaunchConfig, space: _Workspace, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Solves a block. Returns (hi, lo), [rows, 1] each, and writes lam into ``out``.
 
     Args:
         x: [rows, n] in the compute dtype, -inf where masked, n > 0.
         k, eps: float64 [rows, 1].
+        harmless: 0 < k < n and eps is positive and finite, for every row.
     """
     rows, n = x.shape
-    dtype = x.dtype
-    top, bottom = x.amax(-1, keepdim=True).double(), x.amin(-1, keepdim=True).double()
-    settled = spoiled = nothing = None
-    budget, count = k, torch.full_like(k, float(n))
-    # one check finds infinities and NaN among the scores, k and eps, and budgets that need no solving
-    harmless = (top - bottom) * 0.0 + torch.minimum(torch.minimum(k, n - k), torch.minimum(eps, 1.0 / eps))
-    if not bool((harmless > 0).all()):
+    limit = torch.finfo(x.dtype).max
+    given, budget, count = k, k, np.full((rows, 1), float(n))
+    settled = None
+    mean, variance = _moments(x, count)
+    if not (harmless and np.isfinite(variance).all()):
         finite = x.isfinite()
         valid_eps = (eps > 0) & (eps < _INF)
-        eps = torch.where(valid_eps, eps, 1.0)
-        spoiled = k.isnan() | x.isnan().any(-1, keepdim=True) | ~valid_eps
-        infinite = (x == _INF).sum(-1, keepdim=True).double()
-        count = finite.sum(-1, keepdim=True).double()
-        budget = k - infinite
-        nothing = budget <= 0
-        settled = spoiled | nothing | (budget >= count)
-        # rows that need no solving go along with harmless numbers
-        budget, count = torch.where(settled, 0.5, budget), torch.where(settled, 1.0, count)
-        top = torch.where(finite & ~settled, x, -_INF).amax(-1, keepdim=True).double().clamp_min(-torch.finfo(dtype).max)
-        bottom = torch.where(finite & ~settled, x, _INF).amin(-1, keepdim=True).double().clamp_max(torch.finfo(dtype).max)
-        mean, deviation = _moments_of_finite(x, finite & ~settled, count)
-    else:
-        mean, deviation = _moments(x, space("work", rows).view, count)
-    scale = _scale(eps, dtype)
-    # a row's bracket: with tau below `lower` every entry is at least k/n, above `upper` every entry is at most k/n
-    spread = eps * torch.log(count / budget)
-    slack = 1e-15 * torch.maximum(top.abs(), bottom.abs()) + 1e-12 * eps
-    lower, upper = bottom + spread - slack, top + spread + slack
-    # for k <= 1 the largest entry alone must not exceed k
-    largest = top - eps * torch.log(budget) - slack
-    lower = torch.maximum(lower, torch.where(budget <= 1, largest, lower))
-    # a normal distribution's quantile, and eps more because of what lies below tau
-    start = mean + deviation * _aligned(torch.special.ndtri, 1.0 - budget / count) + eps
-    start = torch.clamp(start.nan_to_num_(), lower, upper)
-    zero = x.new_zeros((rows, 1))
-    hi, lo = _moved(zero, zero, start)
-    done = torch.zeros_like(k, dtype=torch.bool) if settled is None else settled
-    problem = _Problem(x, k if settled is None else torch.where(settled, 0.5, k), budget, eps, scale, lower, upper)
-    state = _State(hi, lo, torch.zeros_like(k), done)
+        eps = np.where(valid_eps, eps, 1.0)
+        spoiled = np.isnan(k) | _host(x.isnan().any(-1, keepdim=True)) | ~valid_eps
+        count = _host(finite.sum(-1, keepdim=True).double())
+        budget = k - _host((x == _INF).sum(-1, keepdim=True).double())
+        settled = _Settled(spoiled | (budget <= 0) | (budget >= count), spoiled, budget <= 0)
+        # they go along with harmless numbers
+        k, budget, count = (np.where(settled.which, number, value) for number, value in ((0.5, k), (0.5, budget), (1.0, count)))
+        mean, variance = _moments(x, count, finite & ~_device(settled.which, x))
+    scale = _rounded((_LOG2E / eps).clip(max=limit), x.dtype)
+    # no score is farther from the mean (Samuelson's inequality), but for rounding
+    radius = np.where(np.isfinite(variance), 1.01 * np.sqrt(variance * count) + 1e-5 * np.abs(mean), limit)
+    lower, upper = _bracket(mean + radius, mean - radius, count, budget, eps)
+    if (budget <= 1).any():
+        lower = _raised(lower, np.maximum(_top(x), -limit), budget, eps)
+    # F is the upper tail of s + eps * Exp(1); a normal distribution's quantile, with the moments of that sum
+    start = mean + eps + np.sqrt(variance + eps * eps) * _normal_quantile(1.0 - budget / count)
+    tau = np.where(np.isfinite(start), start, mean).clip(lower, upper)
+    anchor = _rounded(tau.clip(-limit, limit), x.dtype)
+    done = np.zeros((rows, 1), dtype=np.bool_) if settled is None else settled.which
+    problem = _Problem(x, k, budget, eps, scale, lower, upper)
+    state = _State(anchor, (tau - anchor) * scale, done)
     if config.variant == "eager":
-        state, sums = _newton(problem, state, space, False, _FREE_SWEEPS)
+        state, sums = _newton(problem, state, space)
         sums.values(state.offset, out)
     else:
         state, lam = _newton_fused(problem, state)
         out.copy_(lam)
-    hi, lo = state.hi, (state.lo + state.offset / scale).to(dtype)
-    if not bool(state.done.all()):
-        left = (~state.done).squeeze(-1).nonzero().squeeze(-1)
-        hi[left], lo[left], lam = _hard_rows(problem, state, left, space)
-        out[left] = lam.to(out.dtype)
-    if settled is not None and spoiled is not None and nothing is not None and bool(settled.any()):
-        where = settled.squeeze(-1).nonzero().squeeze(-1)
-        y, bad, none, budget = x[where], spoiled[where], nothing[where], k[where]
-        hi[where] = torch.where(bad, math.nan, torch.where(none, _INF, -_INF)).to(dtype)
+    hi, lo = _device(state.anchor, x), _device(state.offset / scale, x)
+    if not state.done.all():
+        left = np.flatnonzero(~state.done)
+        where = torch.from_numpy(left).to(x.device)
+        hi[where], lo[where], lam = _hard_rows(problem.part(left), state.part(left), space)
+        out[where] = lam.to(out.dtype)
+    if settled is not None and settled.which.any():
+        which = np.flatnonzero(settled.which)
+        where = torch.from_numpy(which).to(x.device)
+        bad, none, some = (_device(value[which], x) for value in (settled.spoiled, settled.nothing, given > 0))
+        hi[where] = torch.where(bad, math.nan, torch.where(none, _INF, -_INF)).to(x.dtype)
         lo[where] = 0.0
-        value = torch.where(none, (y == _INF) & (budget > 0), y > -_INF).to(out.dtype)
+        y = x[where]
+        value = torch.where(none, (y == _INF) & some, y > -_INF).to(out.dtype)
         out[where] = torch.where(bad, math.nan, value)
     return hi, lo
 
 
-def _hard_rows(problem: _Problem, state: _State, left: Tensor, space: _Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    """(hi, lo, lam) of the few rows ``left``: by guarded steps, and by sorting what is left of them."""
-    part = _Problem(*(value[left] for value in problem))
-    start = _State(*(value[left] for value in state))
-    start = _State(*_moved(start.hi, start.lo, start.offset / part.scale), torch.zeros_like(start.offset), start.done)
-    if part.x.shape[-1] <= _SHORT:
-        hi, lo = _solve_by_sorting(part.x, part.k, part.eps, part.scale)
-        lam = torch.sub(part.x, hi).sub_(lo).mul_(part.scale)
-        return hi, lo, _exp2(lam, space).clamp_max_(1.0)
-    end, _ = _newton(part, start, space, True, _GUARDED_SWEEPS)
-    hi, lo = end.hi, (end.lo + end.offset / part.scale).to(part.x.dtype)
-    if not bool(end.done.all()):
-        rest = (~end.done).squeeze(-1).nonzero().squeeze(-1)
-        hi[rest], lo[rest] = _solve_by_sorting(part.x[rest], part.k[rest], part.eps[rest], part.scale[rest])
-    lam = torch.sub(part.x, hi).sub_(lo).mul_(part.scale)
+def _hard_rows(problem: _Problem, state: _State, space: _Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    """(hi, lo, lam) of the few rows that are left: by guarded steps, and by sorting what is left of them."""
+    x, budget, eps = problem.x, problem.budget, problem.eps
+    if x.shape[-1] <= _SHORT:
+        hi, lo = _sorted(problem)
+    else:
+        finite, top = x.isfinite(), _top(x)
+        bottom = _host(torch.where(finite, x, _INF).amin(-1, keepdim=True).double())
+        lower, upper = _bracket(top, bottom, _host(finite.sum(-1, keepdim=True).double()), budget, eps)
+        lower = _raised(lower, top, budget, eps)
+        end = _guarded(problem._replace(lower=lower, upper=upper), state, space)
+        hi, lo = _device(end.anchor, x), _device(end.offset / problem.scale, x)
+        if not end.done.all():
+            rest = np.flatnonzero(~end.done)
+            where = torch.from_numpy(rest).to(x.device)
+            hi[where], lo[where] = _sorted(problem.part(rest))
+    scale = _device(problem.scale, x)
+    lam = torch.sub(x, hi).sub_(lo).mul_(scale)
     return hi, lo, _exp2(lam, space).clamp_max_(1.0)
+
+
+def _sorted(problem: _Problem) -> tuple[Tensor, Tensor]:
+    double = torch.empty(0, dtype=torch.float64, device=problem.x.device)
+    k, eps = _device(problem.k, double), _device(problem.eps, double)
+    return _solve_by_sorting(problem.x, k, eps, _device(problem.scale, problem.x))
 
 
 def _exp2(x: Tensor, space: _Workspace) -> Tensor:
@@ -632,11 +797,16 @@ def soft_topk_forward(
     threshold[:, 1] = 0.0
     if rows == 0 or n == 0:
         return lam, threshold
+    # as numbers they are looked at here and once
+    harmless = not isinstance(k, Tensor) and not isinstance(eps, Tensor) and 0 < k < n and 0 < eps < _INF
     with _threads(config.num_threads):
-        space = _Workspace(min(rows, max(1, config.rows_per_program)), n, threshold)
+        space = _Workspace(_block_rows(rows, config), n, threshold)
         for block in _blocks(rows, config):
             x = _scores(scores, mask, block, compute)
-            hi, lo = _threshold_and_values(x, _column(k, block, scores), _column(eps, block, scores), config, space, lam[block])
+            columns = _host_column(k, block), _host_column(eps, block)
+            # divisions by 0 and their like end as comparisons that are false
+            with np.errstate(all="ignore"):
+                hi, lo = _threshold_and_values(x, *columns, harmless, config, space, lam[block])
             threshold[block, :1], threshold[block, 1:] = hi, lo
     return lam, threshold
 
@@ -655,7 +825,8 @@ def soft_topk_backward(
         scores, threshold, eps, mask: as given to, and returned by, :func:`soft_topk_forward`.
 
     Returns:
-        dscores [R, n] in the scores' dtype, dk [R] and deps [R] in the compute dtype; NaN for a NaN row.
+        dscores [R, n] in the scores' dtype, dk [R] and deps [R] in the compute dtype; NaN for a NaN row. Nothing asks
+        for the deps of a number: 0.
     """
     _check(config)
     rows, n = scores.shape
@@ -668,7 +839,7 @@ def soft_topk_backward(
         deps[threshold[:, 0].isnan()] = math.nan
         return dscores, dk, deps
     with _threads(config.num_threads):
-        space = _Workspace(min(rows, max(1, config.rows_per_program)), n, threshold)
+        space = _Workspace(_block_rows(rows, config), n, threshold)
         for block in _blocks(rows, config):
             x = _scores(scores, mask, block, compute)
             g = grad[block].to(compute)
@@ -681,7 +852,7 @@ def soft_topk_backward(
                 hi = torch.where(still, 0.0, hi)
             scale = _scale(temperature, compute)
             backward = _soft_backward_eager if config.variant == "eager" else _soft_backward_fused
-            mean, moment = backward(g, x, hi, lo, scale, temperature, space, dscores[block])
+            mean, moment = backward(g, x, hi, lo, scale, temperature, isinstance(eps, Tensor), space, dscores[block])
             dk[block] = mean.squeeze(-1).to(compute)
             deps[block] = (moment / -temperature).squeeze(-1).to(compute)
             if some_still:
@@ -697,9 +868,10 @@ def _mean(weighted: Tensor, mass: Tensor) -> Tensor:
 
 
 def _soft_backward_eager(
-    g: Tensor, x: Tensor, hi: Tensor, lo: Tensor, scale: Tensor, eps: Tensor, space: _Workspace, out: Tensor
+    g: Tensor, x: Tensor, hi: Tensor, lo: Tensor, scale: Tensor, eps: Tensor, moment: bool, space: _Workspace, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Writes ds of a block into ``out``; returns (gbar, sum of (s - tau) ds), float64 [rows, 1]."""
+    """Writes ds of a block into ``out``; returns (gbar, sum of (s - tau) ds), float64 [rows, 1]; that sum is 0 unless
+    ``moment``."""
     rows = x.shape[0]
     distance, lam, work = space("distance", rows).view, space("lam", rows), space("work", rows).view
     torch.sub(hi, x, out=distance)
@@ -707,7 +879,7 @@ def _soft_backward_eager(
     # tau - s where that is positive; elsewhere (saturated entries, and inf - inf) so far that lam underflows to 0
     far = torch.finfo(x.dtype).max
     torch.threshold_(distance, 0.0, far)
-    torch.mul(distance, -scale, out=lam.view)
+    _flush(torch.mul(distance, -scale, out=lam.view))
     lam.flat.exp2_()
     mass = _row_sum(lam.view).double()
     torch.mul(lam.view, g, out=work)
@@ -720,21 +892,23 @@ def _soft_backward_eager(
     torch.sub(g, mean.to(x.dtype), out=ds)
     ds.mul_(lam.view)
     ds.mul_((1.0 / eps).to(x.dtype))
-    torch.mul(ds, distance, out=distance)
-    moment = _row_sum(distance).double()
-    if not bool(moment.isfinite().all()):
-        moment = _row_sum(torch.where(ds == 0, 0.0, distance)).double()
     if ds is not out:
         out.copy_(ds)
-    return mean, -moment
+    if not moment:
+        return mean, torch.zeros_like(mean)
+    torch.mul(ds, distance, out=distance)
+    total = _row_sum(distance).double()
+    if not bool(total.isfinite().all()):
+        total = _row_sum(torch.where(ds == 0, 0.0, distance)).double()
+    return mean, -total
 
 
 def _soft_backward_fused(
-    g: Tensor, x: Tensor, hi: Tensor, lo: Tensor, scale: Tensor, eps: Tensor, space: _Workspace, out: Tensor
+    g: Tensor, x: Tensor, hi: Tensor, lo: Tensor, scale: Tensor, eps: Tensor, moment: bool, space: _Workspace, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    ds, mean, moment = _inductor(_fused_gradient, x)(g, x, hi, lo, scale, (1.0 / eps).to(x.dtype))
+    ds, mean, total = _inductor(_fused_gradient, x)(g, x, hi, lo, scale, (1.0 / eps).to(x.dtype))
     out.copy_(ds)
-    return mean.double(), moment.double()
+    return mean.double(), total.double() * moment
 
 
 # --- coordinate_descent ----------------------------------------------------------------------------------------------
@@ -750,6 +924,17 @@ def _schedule(n_iters: int, eps: float, eps_init: float, eps_decay: float) -> li
     return values
 
 
+def _steps(schedule: list[float], n_iters: int, most: int) -> Iterator[tuple[int, int]]:
+    """Iterations 1 … T-1 as (first, how many): those at constant eps are done together, at most so many at a time."""
+    t = 1
+    while t < n_iters:
+        length = 1
+        while length < most and t + length < n_iters and schedule[t + length] == schedule[t]:
+            length += 1
+        yield t, length
+        t += length
+
+
 def _segment_bounds(n_iters: int, segments: int) -> list[int]:
     """Where segments begin, and n_iters at the end: as even as possible, the longer ones first."""
     length, longer = divmod(n_iters, segments)
@@ -762,7 +947,7 @@ def _segment_bounds(n_iters: int, segments: int) -> list[int]:
 class _Descent:
     """The iteration of one block: everything that does not change from one iteration to the next.
 
-    The state is kept as the barrier -a, at which scores are clamped: [rows, 1] in the compute dtype.
+    The state is kept as the barrier -a, at which scores are clamped: [rows, 1], rounded to the compute dtype.
     """
 
     def __init__(self, x: Tensor, k: Tensor, clamp_k: bool, schedule: list[float], config: LaunchConfig, space: _Workspace) -> None:
@@ -798,69 +983,96 @@ class _Descent:
             self.top, lowest = (torch.where(self.special, 0.0, value) for value in (self.top, lowest))
             self.logk = torch.where(self.special, 0.0, self.logk)
             self.count = torch.where(self.special, 1.0, self.count)
-        reach = torch.maximum(self.top.abs(), lowest.abs())
-        # rows so large that their scaled scores overflow, or that a grid of a few eps is finer than their ulp
-        self.large = reach > _LARGE / self.scales[-1]
-        self.any_large = bool(self.large.any())
-        self.coarse = reach * (64.0 * torch.finfo(dtype).eps) > schedule[-1]
-        self.any_coarse = bool(self.coarse.any())
-        self.anchor: Tensor | None = None
+        # rows in which a few eps are finer than the scores' ulp
+        self.coarse = _host(torch.maximum(self.top.abs(), lowest.abs()) * (64.0 * torch.finfo(dtype).eps) > schedule[-1])
+        self.highest, self.logs_of_k = _host(self.top).astype(np.float64), _host(self.logk)
+        self.lowest_exponent = math.log2(torch.finfo(dtype).tiny)
 
-    def first(self) -> Tensor:
+    def steps(self, n_iters: int) -> list[tuple[int, int]]:
+        return list(_steps(self.schedule, n_iters, 1 if self.fused else _TOGETHER))
+
+    def first(self) -> Column:
         """-a_1: the scores have no part in it yet."""
-        return ((torch.log(self.count) - self.logk) * self.schedule[0]).to(self.x.dtype)
+        return _rounded(_host((torch.log(self.count) - self.logk) * self.schedule[0]), self.x.dtype)
 
-    def next(self, t: int, barrier: Tensor) -> Tensor:
+    def next(self, t: int, barrier: Column) -> Column:
         """-a_{t+1} from -a_t, for t >= 1."""
         if self.fused:
-            return _inductor(_fused_next, self.x)(self.x, self.top, self.logk, barrier, *self.numbers[t])
-        shift = torch.minimum(self.top, barrier)
-        if self.schedule[t] == self.schedule[-1] == self.schedule[t - 1]:
-            result = self._next_at_floor(t, shift)
-            return torch.where(self.coarse, self._next_direct(t, shift), result) if self.any_coarse else result
-        return self._next_direct(t, shift)
-
-    def _next_direct(self, t: int, shift: Tensor) -> Tensor:
-        """Subtracts before it scales: a fused multiply-add would save a pass, and move the barrier by half an ulp."""
+            at = _device(barrier, self.x)
+            found = _inductor(_fused_next, self.x)(self.x, self.top, self.logk, at, *self.numbers[t])
+            return _host(found).astype(np.float64)
+        shift = np.minimum(self.highest, barrier)
         work = self.work.view
-        torch.sub(self.x, shift, out=work)
-        work.clamp_max_(0.0).mul_(self.scales[t])
+        torch.sub(self.x, _device(shift, self.x), out=work)
+        # what exp2 would make less than a normal number is nothing beside the entry at the shift
+        work.mul_(self.scales[t]).clamp_(self.lowest_exponent, 0.0)
         self.work.flat.exp2_()
-        result = _row_sum(work).double().log_().sub_(self.logk).mul_(self.schedule[t])
-        return result.add_(shift).to(self.x.dtype)
+        logs = np.log(_host(_row_sum(work)).astype(np.float64)) - self.logs_of_k
+        return _rounded(shift + logs * self.schedule[t], self.x.dtype)
 
-    def _next_at_floor(self, t: int, shift: Tensor) -> Tensor:
-        """Without an exponential while eps stays: min(E, w) with E = exp((s - anchor)/eps), w = exp((shift -
-        anchor)/eps).
+    def _together(self, t: int, length: int, barrier: Column) -> Column:
+        """-a_{t+1} … -a_{t+length}, [rows, length], where eps stays: with a single exponential.
 
-        The anchor is the point of a fixed grid that is next to the shift: it follows from a_t alone, and so the bits
-        of a_{t+1} do not depend on where an iteration was begun.
+        With E = exp((s - anchor)/eps) and w_t = exp((-a_t - anchor)/eps) the iteration is w_{t+1} = sum(min(E, w_t))/k.
         """
-        kept, scale, pitch = self.kept.view, self.scales[t], 8.0 * self.schedule[t]
-        anchor = torch.round(shift / pitch).mul_(pitch)
-        if self.anchor is None or not torch.equal(anchor, self.anchor):
-            torch.sub(self.x, anchor, out=kept)
-            kept.mul_(scale)
-            self.kept.flat.exp2_()
-            self.anchor = anchor
-        torch.minimum(kept, _aligned(torch.exp2, (shift - anchor).mul_(scale)), out=self.work.view)
-        return _row_sum(self.work.view).double().log_().sub_(self.logk).mul_(self.schedule[t]).add_(anchor).to(self.x.dtype)
+        kept, work = self.kept.view, self.work.view
+        anchor = np.minimum(self.highest, barrier)
+        torch.sub(self.x, _device(anchor, self.x), out=kept)
+        _flush(kept.mul_(self.scales[t]))
+        self.kept.flat.exp2_()
+        inverse, limit, sums = (1.0 / self.clamped).to(kept.dtype), torch.ones_like(self.top), []
+        for _ in range(length):
+            torch.minimum(kept, limit, out=work)
+            sums.append(_row_sum(work))
+            limit = sums[-1] * inverse
+        logs = np.log(_host(torch.cat(sums, dim=-1)).astype(np.float64)) - self.logs_of_k
+        path = _rounded(anchor + logs * self.schedule[t], self.x.dtype)
+        # rows that went so far from the anchor that E is no longer right to the last bits go one by one
+        apart = ~(np.abs(logs).max(-1, keepdims=True) <= _APART) | self.coarse
+        if apart.any():
+            alone = []
+            for later in range(t, t + length):
+                barrier = self.next(later, barrier)
+                alone.append(barrier)
+            path = np.where(apart, np.concatenate(alone, axis=-1), path)
+        return path
 
-    def run(self, start: int, stop: int, barrier: Tensor | None) -> Iterator[Tensor]:
-        """-a_{start+1} … -a_stop."""
-        for t in range(start, stop):
-            barrier = self.first() if barrier is None else self.next(t, barrier)
-            yield barrier
+    def weights(self, at: Tensor, t: int) -> Tensor:
+        """exp(min(s - at, 0)/eps_t), [rows, n] in scratch memory."""
+        work = self.work.view
+        torch.sub(self.x, at, out=work)
+        _flush(work.mul_(self.scales[t]).clamp_max_(0.0))
+        self.work.flat.exp2_()
+        return work
+
+    def inverse_of_weights(self, at: Tensor, t: int) -> Tensor:
+        """exp((at - s)/eps_t), and inf where s > at, [rows, n] in scratch memory.
+
+        It, and a division, take a pass less than what it is the inverse of.
+        """
+        work, info = self.work.view, torch.finfo(self.x.dtype)
+        torch.sub(at, self.x, out=work)
+        # threshold keeps what is strictly above: 0 itself stays
+        torch.threshold_(work, -info.tiny * info.eps, _INF)
+        work.mul_(self.scales[t])
+        self.work.flat.exp2_()
+        return work
+
+    def run(self, n_iters: int) -> Tensor:
+        """-a_1 … -a_T, [rows, T]."""
+        path = [self.first()]
+        with np.errstate(all="ignore"):
+            for t, length in self.steps(n_iters):
+                barrier = path[-1][:, -1:]
+                path.append(self.next(t, barrier) if length == 1 else self._together(t, length, barrier))
+        return _device(np.concatenate(path, axis=-1), self.x)
 
 
-_LARGE = 1e30
-"""Exponents up to this size are computed as one fused multiply-add."""
+_TOGETHER = 16
+"""Iterations at constant eps that share an exponential, at most."""
 
-_TOGETHER = 8
-"""Iterations whose scalars the backward of coordinate descent computes together, at least."""
-
-_FAR = 1e35
-"""Farther than any such exponent: 2 to minus that is 0."""
+_APART = 6.0
+"""How far a_t may go meanwhile, in units of eps."""
 
 
 def _finite_scale(eps: float, dtype: torch.dtype) -> float:
@@ -910,25 +1122,24 @@ def coordinate_descent_forward(
     if rows == 0 or n == 0:
         return lam, states
     schedule = _schedule(n_iters, eps, eps_init, eps_decay)
-    ends = {end: index for index, end in enumerate(_segment_bounds(n_iters, segments)[1:])}
+    ends = [end - 1 for end in _segment_bounds(n_iters, segments)[1:]]
     with _threads(config.num_threads):
-        space = _Workspace(min(rows, max(1, config.rows_per_program)), n, states)
+        space = _Workspace(_block_rows(rows, config), n, states)
         for block in _blocks(rows, config):
             x = _scores(scores, mask, block, compute)
             descent = _Descent(x, _column(k, block, scores), clamp_k, schedule, config, space)
-            barrier = torch.empty(0)
-            for t, barrier in enumerate(descent.run(0, n_iters, None), start=1):
-                if t in ends:
-                    torch.neg(barrier, out=states[block, ends[t] : ends[t] + 1])
+            path = descent.run(n_iters)
+            torch.neg(path[:, ends], out=states[block])
+            barrier = path[:, -1:]
             if descent.fused:
                 narrow = descent.numbers[-1][1]
                 lam[block] = _inductor(_fused_values, x)(x, barrier, torch.zeros_like(barrier), narrow)
             else:
                 work = descent.work
                 torch.sub(x, barrier, out=work.view)
-                work.view.clamp_max_(0.0).mul_(descent.scales[-1])
+                _flush(work.view.mul_(descent.scales[-1]))
                 work.flat.exp2_()
-                lam[block] = work.view
+                _clamped_to(lam[block], work.view)
             if descent.any_special:
                 for which, value, state in ((descent.empty, 0.0, -_INF), (descent.spoiled, math.nan, math.nan)):
                     where = which.squeeze(-1).nonzero().squeeze(-1) + block.start
@@ -955,8 +1166,9 @@ def coordinate_descent_backward(
     With U_t the entries with ``s + a_t <= 0`` and C_t the others, A_{t+1} the gradient of a_{t+1} and
     ``p_t = exp((min(s, -a_t) + a_{t+1})/eps_t)/k``: ``ds -= A_{t+1} p_t`` on U_t and ``A_t = A_{t+1} sum_{C_t}
     p_t``, where that sum is a
-    count times one number. The a_t inside a segment are computed again by the very code of the forward, so that the
-    gradient does not depend on the number of segments. It ends early when every A_t is 0: nothing was clamped before.
+    count times one number. Unless every a_t was saved they are all computed again by the very code of the forward, so
+    that the gradient does not depend on the number of segments. It ends early when every A_t is 0: nothing was clamped
+    before.
 
     Args:
         grad: [R, n], any strides; what it holds at saturated or masked entries has no influence.
@@ -974,16 +1186,18 @@ def coordinate_descent_backward(
         return dscores, dk
     schedule = _schedule(n_iters, eps, eps_init, eps_decay)
     with _threads(config.num_threads):
-        space = _Workspace(min(rows, max(1, config.rows_per_program)), n, states)
+        space = _Workspace(_block_rows(rows, config), n, states)
         for block in _blocks(rows, config):
             x = _scores(scores, mask, block, compute)
             descent = _Descent(x, _column(k, block, scores), clamp_k, schedule, config, space)
             saved = states[block]
             if descent.any_special:
                 saved = torch.where(descent.special, 0.0, saved)
-            ds, dlogk = _descend_backward(descent, grad[block].to(compute), saved, n_iters)
+            ds = dscores[block] if scores.dtype == compute else space("ds", x.shape[0]).view
+            dlogk = _descend_backward(descent, grad[block].to(compute), saved, n_iters, ds)
             dk[block] = torch.where((descent.k >= 1e-20) & ~descent.beyond, dlogk / descent.clamped, 0.0).squeeze(-1).to(compute)
-            dscores[block] = ds
+            if scores.dtype != compute:
+                dscores[block] = ds
             if descent.any_special:
                 for which, value in ((descent.empty, 0.0), (descent.spoiled, math.nan)):
                     where = which.squeeze(-1).nonzero().squeeze(-1) + block.start
@@ -991,83 +1205,105 @@ def coordinate_descent_backward(
     return dscores, dk
 
 
-def _descend_backward(descent: _Descent, g: Tensor, saved: Tensor, n_iters: int) -> tuple[Tensor, Tensor]:
-    """(ds [rows, n], dL/dlog k float64 [rows, 1]) of a block; ``saved`` holds a_t at the end of each segment, [rows,
-    segments]."""
-    x, schedule, scales, dtype = descent.x, descent.schedule, descent.scales, descent.x.dtype
-    rows, segments = saved.shape
-    ds, work, count = descent.space("ds", rows), descent.work, descent.space("count", rows).view
-    barriers = saved.neg()
-    # threshold keeps what is strictly above: 0 itself is unsaturated and stays
-    torch.sub(barriers[:, -1:], x, out=ds.view)
-    torch.threshold_(ds.view, -torch.finfo(dtype).tiny * torch.finfo(dtype).eps, _INF)
-    ds.view.mul_(-scales[-1])
-    ds.flat.exp2_()
-    torch.mul(ds.view, g, out=work.view)
-    if not bool(_row_sum(work.view).isfinite().all()):
-        torch.mul(ds.view, torch.where(ds.view > 0, g, 0.0), out=work.view)
-    torch.mul(work.view, 1.0 / schedule[-1], out=ds.view)
-    chain = _row_sum(ds.view).double()  # A_T
+def _descend_backward(descent: _Descent, g: Tensor, saved: Tensor, n_iters: int, ds: Tensor) -> Tensor:
+    """Writes ds [rows, n] of a block; returns dL/dlog k, float64 [rows, 1]. ``saved`` holds a_t at the end of each
+    segment, [rows, segments]."""
+    schedule = descent.schedule
+    path = saved.neg() if saved.shape[1] == n_iters else descent.run(n_iters)
+    inverse = descent.inverse_of_weights(path[:, -1:], n_iters)
+    torch.div(g, inverse, out=ds)
+    chain = _row_sum(ds)  # A_T
+    if not bool(chain.isfinite().all()):
+        torch.div(torch.where(inverse < _INF, g, 0.0), inverse, out=ds)
+        chain = _row_sum(ds)
+    ds.mul_(1.0 / schedule[-1])
+    chain = chain.double().div_(schedule[-1])
     if descent.any_special:
         chain = torch.where(descent.special, 0.0, chain)
-    dlogk = torch.zeros_like(chain)
-    bounds = _segment_bounds(n_iters, segments)
-    last = segments
-    while last > 0:
-        # segments by the handful, so that their scalars, [rows, iterations], are computed at once
-        segment = last - 1
-        while segment > 0 and bounds[last] - bounds[segment] < _TOGETHER:
-            segment -= 1
-        trace: list[Tensor] = []  # -a_t for t = first … bounds[last]
-        for index in range(segment, last):
-            entry = barriers[:, index - 1 : index].contiguous() if index else None
-            trace.extend(descent.run(bounds[index], bounds[index + 1] - 1, entry))
-            trace.append(barriers[:, index : index + 1])
-        if segment:
-            trace.insert(0, barriers[:, segment - 1 : segment])
-        first, stop, last = max(bounds[segment], 1), bounds[last], segment
-        if first == stop:
+    adjoint = _Adjoint(descent, path, ds, chain)
+    for t, length in reversed(descent.steps(n_iters)):
+        if length == 1:
+            adjoint.previous(t)
+        else:
+            adjoint.together(t, length)
+        if not adjoint.clamping[t]:
+            # nothing was clamped, so nothing before has a part in it
             break
-        path = torch.cat(trace, dim=-1)
-        before, after = path[:, :-1], path[:, 1:]
-        eps = torch.tensor(schedule[first:stop], dtype=torch.float64, device=x.device)
-        scale = torch.tensor(scales[first:stop], dtype=dtype, device=x.device)
-        shift = torch.minimum(descent.top, before)
-        wide = shift.double()
-        # exp((shift + a_{t+1})/eps)/k: what an entry at the shift carries
-        unit = _aligned(torch.exp2, (wide - after).mul_(_LOG2E).div_(eps)).div_(descent.clamped)
-        offset = shift * scale
-        share = unit.neg()
-        if not descent.any_large:
-            # the exponents are those of offset/scale, not of the shift: a rounding apart
-            share.mul_(_aligned(torch.exp2, offset.double() - wide * scale))
-        columns = [value.split(1, dim=-1) for value in (before, after, share, unit, offset.neg_(), shift)]
-        clamping = (before < descent.top).any(0).tolist()
-        for t in range(stop - 1, first - 1, -1):
-            at = t - first
-            barrier, ahead, weight, each, base, shifted = (value[at] for value in columns)
-            dlogk.add_(chain, alpha=schedule[t])
-            if descent.fused:
-                chain = _inductor(_fused_previous, x)(
-                    ds.view, x, descent.top, descent.clamped, barrier.contiguous(), ahead.contiguous(), chain,
-                    *descent.numbers[t],
-                )  # fmt: skip
+    return adjoint.of_logk()
+
+
+class _Adjoint:
+    """The gradient of a_t of one block, from t = T backwards; what iterations add to ``ds`` is added in place."""
+
+    def __init__(self, descent: _Descent, path: Tensor, ds: Tensor, chain: Tensor) -> None:
+        self.descent, self.ds = descent, ds
+        self.chain = [chain]  # A_T, A_{T-1}, …
+        n_iters = path.shape[1]
+        schedule = descent.schedule[1:n_iters]
+        self.eps = torch.tensor(schedule, dtype=torch.float64, device=path.device)
+        self.before, self.after = path[:, :-1], path[:, 1:]
+        self.shift = torch.minimum(descent.top, self.before)
+        # what an entry at the shift carries
+        self.unit = self._carried(self.shift)
+        self.shifts, self.units = self.shift.split(1, dim=-1), self.unit.split(1, dim=-1)
+        self.clamping = [True, *(self.before < descent.top).any(0).tolist()]  # by t
+
+    def _carried(self, at: Tensor, columns: slice = slice(None)) -> Tensor:
+        """exp((at + a_{t+1})/eps_t)/k, for the iterations of ``columns``."""
+        exponent = (at.double() - self.after[:, columns]).mul_(_LOG2E).div_(self.eps[columns])
+        return _aligned(torch.exp2, exponent).div_(self.descent.clamped)
+
+    def previous(self, t: int) -> None:
+        """Iteration t, of which ds_i -= A_{t+1} exp((s_i + a_{t+1})/eps_t)/k where s_i is not clamped."""
+        descent, chain = self.descent, self.chain[-1]
+        shift, unit = self.shifts[t - 1], self.units[t - 1]
+        if descent.fused:
+            before, after = self.before[:, t - 1 : t].contiguous(), self.after[:, t - 1 : t].contiguous()
+            numbers = descent.top, descent.clamped, before, after, chain, *descent.numbers[t]
+            self.chain.append(_inductor(_fused_previous, descent.x)(self.ds, descent.x, *numbers))
+            return
+        factor = (chain * unit).neg_().to(self.ds.dtype)
+        self.ds.addcdiv_(factor, descent.inverse_of_weights(shift, t))
+        if self.clamping[t]:
+            count = descent.space("count", self.ds.shape[0]).view
+            torch.gt(descent.x, shift, out=count)
+            self.chain.append(_row_sum(count) * unit * chain)
+        else:
+            self.chain.append(torch.zeros_like(chain))
+
+    def together(self, t: int, length: int) -> None:
+        """Iterations t … t+length-1, at one eps: an exponential times a weight that is constant between barriers."""
+        descent, rows, columns = self.descent, self.ds.shape[0], slice(t - 1, t - 1 + length)
+        shifts = self.shift[:, columns]
+        highest = shifts.amax(-1, keepdim=True)
+        apart = (highest - shifts.amin(-1, keepdim=True)) > _APART * descent.schedule[t]
+        carried = self._carried(highest, columns)
+        any_apart = bool(apart.any())
+        if any_apart:
+            carried.masked_fill_(apart, 0.0)
+        weight, below = descent.space("weight", rows).view, descent.space("count", rows).view
+        begin = len(self.chain)
+        parts = carried.split(1, dim=-1)
+        for each in reversed(range(length)):
+            chain = self.chain[-1]
+            torch.le(descent.x, self.shifts[t - 1 + each], out=below)
+            factor = (chain * parts[each]).neg_().to(weight.dtype)
+            if each == length - 1:
+                torch.mul(below, factor, out=weight)
             else:
-                factor = (chain * weight).to(dtype)
-                if descent.any_large:
-                    torch.sub(x, shifted, out=work.view)
-                    work.view.mul_(scales[t])
-                else:
-                    torch.add(base, x, alpha=scales[t], out=work.view)
-                if clamping[at]:
-                    torch.gt(x, barrier, out=count)
-                    work.view.add_(count, alpha=-_FAR)
-                    chain = _row_sum(count) * each * chain
-                work.flat.exp2_()
-                if descent.any_large:
-                    work.view.masked_fill_(x > barrier, 0.0)
-                ds.view.addcmul_(work.view, factor)
-            if not clamping[at]:
-                # nothing was clamped, so nothing before has a part in it
-                return ds.view, dlogk
-    return ds.view, dlogk.add_(chain, alpha=schedule[0])
+                weight.addcmul_(below, factor)
+            self.chain.append((descent.x.shape[-1] - _row_sum(below)) * self.units[t - 1 + each] * chain)
+        self.ds.addcmul_(weight, descent.weights(highest, t))
+        if any_apart:
+            # a factor of 0 leaves the other rows as they are
+            for each in reversed(range(length)):
+                chain = self.chain[begin - 1 + length - 1 - each]
+                factor = torch.where(apart, chain * self.units[t - 1 + each], 0.0).neg_().to(weight.dtype)
+                self.ds.addcdiv_(factor, descent.inverse_of_weights(self.shifts[t - 1 + each], t))
+
+    def of_logk(self) -> Tensor:
+        """dL/dlog k: the sum of A_{t+1} eps_t."""
+        chain = torch.cat(self.chain, dim=-1)
+        n_iters = self.shift.shape[1] + 1
+        eps = torch.tensor(self.descent.schedule[:n_iters], dtype=torch.float64, device=chain.device).flip(0)
+        return (chain * eps[: chain.shape[1]]).sum(-1, keepdim=True)

@@ -118,6 +118,18 @@ def test_soft_topk_against_the_exact_solution(name, dtype):
     assert float((again.double() - truth).abs().max()) <= 64.0 * slack * unit
 
 
+def test_equal_scores_share_the_budget_where_eps_is_a_few_ulps():
+    lam, _ = cpu.soft_topk_forward(torch.full((1, 3), -1.20370138), 1.0161835, 1e-6, None, EAGER)
+    torch.testing.assert_close(lam, torch.full((1, 3), 1.0161835 / 3), rtol=1e-6, atol=0)
+
+
+def test_the_threshold_is_not_below_the_largest_score_where_k_is_one():
+    """All others underflow beside it; tau anywhere in the gap would do for lam, but not for the gradient of eps."""
+    s = torch.tensor([[0.0, -0.3, -0.5, -0.9, -1.2]], dtype=torch.float64)
+    _, threshold = cpu.soft_topk_forward(s, 1.0, torch.tensor([1e-3], dtype=torch.float64), None, EAGER)
+    assert float(threshold.sum().abs()) <= 1e-14
+
+
 def test_soft_topk_uses_reference_oracle():
     s = torch.randn(6, 777)
     mask = torch.rand(6, 777) > 0.2
@@ -285,6 +297,33 @@ def test_gradients_are_bitwise_the_same_for_any_number_of_segments(dtype):
             results.append((lam, states[:, -1], *cpu.coordinate_descent_backward(g, s, states, *arguments, config)))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_iterations_at_one_eps_that_go_far(dtype):
+    """A row that leaves the reach of the exponential it shares with other iterations goes alone, and others see nothing."""
+    s, g = torch.randn(4, 301, dtype=dtype), torch.randn(4, 301, dtype=dtype)
+    s[1] = 1e6 * s[1]
+    k = torch.tensor([40.0, 40.0, 300.9, 1e-9], dtype=dtype)
+    arguments = (40, 0.01, 0.01, 1.0, True)
+
+    def run(rows):
+        lam, states = cpu.coordinate_descent_forward(s[rows], k[rows], None, *arguments, 40, EAGER)
+        return lam, states, *cpu.coordinate_descent_backward(g[rows], s[rows], states, k[rows], None, *arguments, EAGER)
+
+    together = run(slice(0, 4))
+    for row in range(4):
+        for value, alone in zip(together, run(slice(row, row + 1)), strict=True):
+            assert torch.equal(value[row : row + 1], alone)
+    for row in (0, 2, 3):
+        leaves = [t[row : row + 1].double().requires_grad_() for t in (s, k)]
+        lam = published(*leaves, *arguments[:4])
+        wanted = [lam.detach(), *torch.autograd.grad(lam, leaves, g[row : row + 1].double())]
+        mine = (together[0][row : row + 1], *(value[row : row + 1] for value in together[2:]))
+        # what cancels in the gradient of a lone entry has this size
+        size = float((lam.detach() * g[row : row + 1]).norm()) / 0.01
+        for value, truth, least in zip(mine, wanted, (0.0, size, size / float(k[row])), strict=True):
+            assert float((value.double() - truth).norm()) <= 1e3 * torch.finfo(dtype).eps * (float(truth.norm()) + least)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
