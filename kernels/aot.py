@@ -3,13 +3,16 @@
     python -m coordroute.kernels.aot cuda 90 32
     python -m coordroute.kernels.aot hip gfx942 64
 
-prints a JSON list: kernel, variant, dtype, launch sizes, registers a thread and spilled bytes a thread (NVIDIA, read by
-cuobjdump from the binary; null where the vendor's tools are not there), shared memory and the size of the binary.
+prints a JSON list: kernel, variant, dtype, constants and options of the launch, registers a thread and spilled bytes a thread
+(NVIDIA, read by cuobjdump from the binary; null where the vendor's tools are not there), shared memory, the size of the binary,
+and for NVIDIA what ``lopsided_sums`` and ``layouts`` say.
 
-What is compiled is what launches of the heuristic compile for aligned tensors whose length is a multiple of 16. sm_90 gets
-every dtype at short, middling and the longest resident rows, and float32 at other lengths too (150 binaries, a minute of one
-core); the other targets get float32, bfloat16 and float64 at one length a variant (30 binaries each, 15 s). Nothing is taken
-from Triton's cache.
+What is compiled is what the operators launch, noted from their own calls on tensors that hold nothing: forward, backward, and
+the recomputation of coordinate descent's states, with a mask and tensors k and eps, at the heuristic's configurations. Every
+target gets float32, bfloat16 and float64 at a resident length, and the forwards of a row so short that a thread has one entry;
+float32 and float64 at a row that programs share; float32 where the forward re-reads rows in tiles. sm_90 gets float16 at the
+resident length too, and float32 at MORE lengths, one of them no multiple of 16, without a mask, and soft_topk's forward at
+LAUNCHES. That is about a minute of one core a target; nothing is taken from Triton's cache.
 """
 
 from __future__ import annotations
@@ -20,75 +23,135 @@ import re
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import coordinate_descent, soft_topk
-from .config import DTYPES, LaunchConfig, heuristic, make_key
+from . import coordinate_descent, launch, soft_topk
+from .config import DIRECTIONS, OPS, TUNED_N_ITERS, LaunchConfig, heuristic, make_key
+from .launch import compute_dtypes
+from .rows import LANES_FIRST
 
-_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64"}
-_SCORE_POINTERS = ("scores_ptr", "lam_ptr", "grad_ptr", "dscores_ptr")
-_LENGTHS = (8192, 131072)
-_THOROUGH_LENGTHS = (16, 64, 512, 8192, 16384, 131072)
-_FEWER_DTYPES = ("bfloat16", "float32", "float64")
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 
-
-def _variants(variant: str) -> list[tuple[str, Any, dict[str, Any]]]:
-    """(name, kernel, constants) of every kernel of a variant."""
-    resident = variant == "resident"
-    iterate, backward = coordinate_descent._iterate, coordinate_descent._backward
-    return [
-        ("soft_topk_forward", soft_topk._forward_resident if resident else soft_topk._forward_tiled, {}),
-        ("soft_topk_backward", soft_topk._backward_resident if resident else soft_topk._backward_tiled, {}),
-        ("coordinate_descent_iterate", iterate, {"RESIDENT": resident, "RECOMPUTE": False}),
-        ("coordinate_descent_iterate", iterate, {"RESIDENT": resident, "RECOMPUTE": True}),
-        ("coordinate_descent_backward", backward, {"RESIDENT": resident, "T_BLOCK": 1 if resident else 32}),
-    ]
+PROCESSORS = 132
+"""Multiprocessors of the GPU that launches are derived for, an H100's: they bound the programs that share a row."""
 
 
-def compile_variant(
-    kernel: Any, dtype: str, constants: dict[str, Any], num_warps: int, num_stages: int, target: GPUTarget, aligned: bool = True
-) -> Any:
-    """Compiles one kernel with its largest feature set (masks, tensor k and eps) for ``target``.
+RESIDENT, SPLIT, TILED = (1024, 8192), (4, 131072), (1024, 131072)
+"""Rows and length of which the heuristic's forward is so."""
+SHORT = (4, 32)
+"""Of which threads have one entry: sums meet other threads at once, without a sum of the thread's own before."""
+MORE = ((4096, 64), (1024, 8190), (1024, 32768))
+LAUNCHES = tuple(
+    (n, LaunchConfig("resident", *sizes, 1))
+    for n, sizes in ((256, (256, 4, 1)), (8192, (8192, 1, 8)), (1024, (1024, 1, 32)), (100, (128, 1, 1)))
+)
+"""Rows that share a warp, a row in 8 warps, one entry a thread in 32 warps, and loads of one entry by a warp."""
 
-    ``aligned`` says that the length and the strides of rows are multiples of 16, which Triton finds out at a launch.
+
+class Launch(NamedTuple):
+    """A binary that a launch needs.
+
+    Attributes:
+        kernel: its name, that of the operator and of the function.
+        function: the ``@triton.jit`` function.
+        config: the configuration of the launch.
+        dtype: of the scores.
+        n: the length of the rows.
+        arguments: what is passed for the parameters that are no constexpr, in order; tensors hold nothing.
+        constants: the constexprs.
+        options: what Triton compiles with.
     """
-    compute = "*fp64" if dtype == "float64" else "*fp32"
-    signature = {}
-    for parameter in kernel.params:
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name] = "constexpr"
-        elif name == "mask_ptr":
-            signature[name] = "*u8"
-        elif name in _SCORE_POINTERS:
-            signature[name] = _POINTERS[dtype]
-        elif name.endswith("_ptr"):
-            signature[name] = compute
-        else:
-            signature[name] = parameter.annotation_type or "i32"
-    double = dtype == "float64"
-    values = {
-        "K_IS_TENSOR": True,
-        "EPS_IS_TENSOR": True,
-        "HAS_MASK": True,
-        "CLAMP_K": True,
-        "COMPUTE": tl.float64 if double else tl.float32,
-        "TOLERANCE": 2.0**-48 if double else 2.0**-20,
-        "MAX_SWEEPS": 4096 if double else 512,
-        **constants,
-    }
-    multiples = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr") or (aligned and name in ("n_cols", "scores_stride", "mask_stride", "grad_stride"))
-    }
-    source = ASTSource(kernel, signature, {name: values[name] for name in values if name in kernel.arg_names}, multiples)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+
+    kernel: str
+    function: Any
+    config: LaunchConfig
+    dtype: str
+    n: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    def source(self) -> ASTSource:
+        """What Triton would make of the launch: types, and which pointers and numbers are multiples of 16."""
+        constants, multiples = dict(self.constants), {}
+        signature = {parameter.name: "constexpr" for parameter in self.function.params}
+        for i, (parameter, value) in enumerate(zip(self.function.params, self.arguments, strict=False)):
+            name = parameter.name
+            if value is None:
+                constants[name] = None
+                continue
+            pointer = isinstance(value, torch.Tensor)
+            signature[name] = _TYPES[value.dtype] if pointer else parameter.annotation_type or "i32"
+            whole = signature[name] == "i32" and not parameter.do_not_specialize
+            if pointer or (whole and value % 16 == 0):
+                multiples[(i,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.function, signature, constants, multiples)
+
+    def compile(self, target: GPUTarget) -> Any:
+        return triton.compile(self.source(), target=target, options=self.options)
+
+
+@contextmanager
+def _noted() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Inside, launches are noted, not done: function, arguments, constants and options, as on a GPU of PROCESSORS processors."""
+    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(function: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        found.append((function, arguments, constants))
+
+    with ExitStack() as stack:
+        for module in (soft_topk, coordinate_descent):
+            stack.enter_context(mock.patch.object(module, "launch", note))
+            stack.enter_context(mock.patch.object(module, "cooperative", lambda device: True))
+        stack.enter_context(mock.patch.object(launch, "processors", lambda device: PROCESSORS))
+        yield found
+
+
+def launches(op: str, dtype: str, rows: int, n: int, full: bool, forward: LaunchConfig, backward: LaunchConfig) -> list[Launch]:
+    """The launches of a forward and a backward.
+
+    ``full`` asks for what makes a kernel largest, a mask and tensors k and eps; else there is no mask, and they are numbers. The
+    coordinate descent recomputes its states in the backward.
+    """
+    scores = torch.empty((rows, n), dtype=getattr(torch, dtype), device="meta")
+    value: torch.Tensor | float = torch.empty(rows, dtype=compute_dtypes(scores.dtype)[0], device="meta") if full else 1.0
+    mask = torch.empty((rows, n), dtype=torch.bool, device="meta") if full else None
+    found = []
+    for direction, config in (("forward", forward), ("backward", backward)):
+        with _noted() as noted:
+            if op == "soft_topk" and direction == "forward":
+                _, threshold = soft_topk.soft_topk_forward(scores, value, value, mask, config)
+            elif op == "soft_topk":
+                soft_topk.soft_topk_backward(scores, scores, threshold, value, mask, config)
+            elif direction == "forward":
+                _, states = coordinate_descent.coordinate_descent_forward(
+                    scores, value, mask, TUNED_N_ITERS, 0.1, 4.0, 0.7, full, 1, config
+                )
+            else:
+                coordinate_descent.coordinate_descent_backward(
+                    scores, scores, states, value, mask, TUNED_N_ITERS, 0.1, 4.0, 0.7, full, config
+                )
+        for function, arguments, passed in noted:
+            constants = {name: passed[name] for name in passed if name in function.arg_names}
+            options = {name: passed[name] for name in passed if name not in function.arg_names}
+            found.append(Launch(op + function.__name__, function, config, dtype, n, arguments, constants, options))
+    return found
 
 
 def _resources(binary: bytes) -> tuple[int | None, int | None]:
@@ -112,88 +175,115 @@ def _resources(binary: bytes) -> tuple[int | None, int | None]:
 
 
 _REGISTER = re.compile(r"%\w+")
+_ZERO, _ONE = r"(?:0f0{8}|0d0{16})", r"(?:0f3F800000|0d3FF0{13})"
+_INDICATOR = re.compile(rf"selp\.\w+\s.*, (?:{_ZERO}, {_ONE}|{_ONE}, {_ZERO}),|set\.[\w.]+\.f32\.\w+\s")
 
 
 def lopsided_sums(ptx: str) -> int:
-    """Multiply-adds whose addend came from another thread, in PTX: fused already, or for ptxas to fuse.
+    """Multiply-adds with an operand from another thread, in PTX: fused already, or for ptxas to fuse.
 
     A sum across threads is exchanged pairwise. If one side of it is a product that is fused with the addition, each of the two
-    threads rounds the other's product and not its own, and they go on with different sums (see ``soft_topk``).
+    threads rounds the other's product and not its own, and they go on with different sums (see rows.py). A product by an
+    indicator, which is 0 or 1, is exact fused or not, and so not counted.
     """
     foreign: set[str] = set()
     products: set[str] = set()
+    indicators: set[str] = set()
     found = 0
-    for line in ptx.splitlines():
-        operation, registers = line.strip().split(" ", 1)[0].split("\t")[0], _REGISTER.findall(line)
+    for line in map(str.strip, ptx.splitlines()):
+        operation, registers = re.split(r"\s", line, maxsplit=1)[0], _REGISTER.findall(line)
         if not registers:
             continue
         target, *sources = registers
         if operation.startswith("shfl"):
             foreign.add(target)
-        elif operation.startswith("mov.b") and foreign & set(sources):
-            foreign.add(target)  # a 64-bit value comes in halves
+        elif operation.startswith("mov.b"):
+            # values of 64 bits come in halves, and two of 32 bits may go as one
+            halves = len(_REGISTER.findall(line.split("}")[0])) if "{" in line.split(",")[0] else 1
+            targets, sources = registers[:halves], registers[halves:]
+            foreign.update(targets if foreign & set(sources) else ())
+            products.update(targets if products & set(sources) else ())
+            indicators.update(targets if sources and indicators >= set(sources) else ())
+        elif operation.startswith(("cvt.u64", "shl.b64", "or.b64")):
+            foreign.update((target,) if foreign & set(sources) else ())
+        elif _INDICATOR.match(line):
+            indicators.add(target)
         elif operation.startswith("mul.f"):
-            products.add(target)
+            products.update(() if indicators & set(sources) else (target,))
         elif operation.startswith("fma"):
-            found += bool(foreign & set(sources))
+            found += bool(foreign & set(sources)) and not indicators & set(sources[:2])
         elif operation.startswith(("add.f", "sub.f")):
             found += bool(foreign & set(sources)) and bool(products & set(sources))
     return found
 
 
-ONE_ENTRY_A_THREAD = (LaunchConfig("resident", 32, 1, 1, 1), LaunchConfig("resident", 1024, 1, 32, 1))
-"""Launches whose sums meet other threads at once, without a sum of the thread's own before."""
+_LAYOUT = re.compile(r"(#\w+) = #ttg.blocked<{sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\]")
+_SCORES = re.compile(r"tt.load .*tensor<(?:\d+x){4}!tt.ptr<(?:f|bf)\d+>, (#\w+)>")
 
 
-def launches(dtype: str, lengths: tuple[int, ...]) -> list[tuple[str, LaunchConfig]]:
-    """(operator, configuration) that the heuristic launches for many rows of these lengths, each once; and one entry a thread."""
-    import torch
+def layouts(ttgir: str) -> list[dict[str, list[int]]]:
+    """How threads lie on the tiles of scores that are loaded: columns a thread and threads of a warp, [REPS, ROWS, LANES, VEC]."""
+    axes = (2, 1, 0, 3) if LANES_FIRST.value else (0, 1, 2, 3)
+    known = {name: (columns.split(","), threads.split(",")) for name, columns, threads in _LAYOUT.findall(ttgir)}
+    return [
+        {
+            "columns": [int(known[name][0][axis]) for axis in axes],
+            "threads": [int(known[name][1][axis]) for axis in axes],
+        }
+        for name in sorted(set(_SCORES.findall(ttgir)))
+    ]
 
-    found = []
-    for op in ("soft_topk", "coordinate_descent"):
-        for n in lengths:
-            launch = (op, heuristic(make_key(op, "forward", getattr(torch, dtype), 1024, n), "triton"))
-            if launch not in found:
-                found.append(launch)
-        found += [(op, config) for config in ONE_ENTRY_A_THREAD]
-    return found
 
-
-def _report(
-    name: str, kernel: Any, dtype: str, constants: dict[str, Any], config: LaunchConfig, target: GPUTarget, aligned: bool
-) -> dict[str, Any]:
-    sizes = {"ROWS": config.rows_per_program, "BLOCK": config.block}
-    compiled = compile_variant(kernel, dtype, {**sizes, **constants}, config.num_warps, config.num_stages, target, aligned)
-    binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
-    registers, spilled = _resources(binary) if target.backend == "cuda" else (None, None)
+def _report(found: Launch, target: GPUTarget) -> dict[str, Any]:
+    compiled = found.compile(target)
+    nvidia = target.backend == "cuda"
+    binary = compiled.asm["cubin" if nvidia else "hsaco"]
+    registers, spilled = _resources(binary) if nvidia else (None, None)
     return {
-        "kernel": name,
-        "variant": config.variant,
-        "dtype": dtype,
-        **constants,
-        **sizes,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "aligned": aligned,
+        "kernel": found.kernel,
+        "variant": found.config.variant,
+        "dtype": found.dtype,
+        "n": found.n,
+        **{name: value for name, value in found.constants.items() if isinstance(value, int)},
+        **found.options,
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_bytes": compiled.metadata.shared,
         "binary_bytes": len(binary),
-        "lopsided_sums": lopsided_sums(compiled.asm["ptx"]) if target.backend == "cuda" else None,
+        "lopsided_sums": lopsided_sums(compiled.asm["ptx"]) if nvidia else None,
+        "layouts": layouts(compiled.asm["ttgir"]) if nvidia else None,
     }
 
 
+def _all_launches(thorough: bool) -> Iterator[Launch]:
+    """What the module's docstring lists; some of it more than once."""
+    shapes = {
+        "bfloat16": (RESIDENT, SHORT),
+        "float32": (RESIDENT, SPLIT, TILED, SHORT, *(MORE if thorough else ())),
+        "float64": (RESIDENT, SPLIT, SHORT),
+    }
+    if thorough:
+        shapes["float16"] = (RESIDENT,)
+    for dtype in shapes:
+        for op in OPS:
+            for rows, n in shapes[dtype]:
+                configs = [heuristic(make_key(op, way, getattr(torch, dtype), rows, n), "triton") for way in DIRECTIONS]
+                forward, *backward = launches(op, dtype, rows, n, True, *configs)
+                yield forward
+                if (rows, n) != SHORT:
+                    yield from backward
+                if thorough and dtype == "float32" and (rows, n) == RESIDENT:
+                    yield from launches(op, dtype, rows, n, False, *configs)
+    for n, config in LAUNCHES if thorough else ():
+        yield launches("soft_topk", "float32", 1024, n, True, config, config)[0]
+
+
 def compile_all(target: GPUTarget) -> list[dict[str, Any]]:
-    """Compiles every variant for ``target`` at the heuristic's sizes."""
-    thorough = (target.backend, target.arch) == ("cuda", 90)
-    record = []
-    for dtype in DTYPES if thorough else _FEWER_DTYPES:
-        for op, config in launches(dtype, _THOROUGH_LENGTHS if thorough else _LENGTHS):
-            for name, kernel, constants in _variants(config.variant):
-                for aligned in (True, False) if thorough and dtype == "float32" else (True,):
-                    if name.startswith(op):
-                        record.append(_report(name, kernel, dtype, constants, config, target, aligned))
-    return record
+    """Compiles every variant for ``target``, each binary once."""
+    found: dict[tuple[str, str], Launch] = {}
+    for one in _all_launches((target.backend, target.arch) == ("cuda", 90)):
+        found.setdefault((one.source().hash(), str(one.options)), one)
+    return [_report(one, target) for one in found.values()]
 
 
 def main(arguments: list[str]) -> int:

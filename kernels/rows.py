@@ -7,7 +7,8 @@ share a warp, which is what makes short rows cheap.
 
 A sum over a row is in one fixed order. Threads that meet in a sum hold the same bits afterwards: their sums are exchanged
 pairwise, a + b in one and b + a in the other. That holds as long as no product is fused into such an exchange, where one side
-would round it and the other not; a thread always has VEC >= 2 columns to add up first (kernels/aot.py looks for it).
+would round it and the other not. A thread with several entries adds them up first; where it may have only one (REPS is 1: Triton
+gives the columns of a small tile to more threads than LANES) a product goes through a ``tl.where``. kernels/aot.py looks for it.
 
 Programs that share a row exchange their sums through words of 64 bits in memory, the sum in one half and the number of the
 exchange in the other. A word is written and read as a whole, so it says itself whether it is there; no counter, no fence and

@@ -195,6 +195,16 @@ def _lam(s, hi, lo, scale, k):
 
 
 @triton.jit
+def _square(d, REPS: tl.constexpr):
+    """d² for a sum over the row."""
+    square = d * d
+    if REPS == 1:
+        # a thread of a small tile may have a single entry: its product may not meet the sum of another thread, see rows.py
+        square = tl.where(d != 0, square, 0.0)
+    return square
+
+
+@triton.jit
 def _back_and_forth(index, count, turn):
     """The tiles of a pass in turn up and down, so that a pass finds in the cache what the one before it read last."""
     return tl.where(turn % 2 == 0, index, count - 1 - index)
@@ -311,12 +321,12 @@ def _forward(
         )  # fmt: skip
         if EVEN and not HAS_MASK:
             d = s - spread(anchor)
-            sum1, sum2 = row_sums(d, d * d)
+            sum1, sum2 = row_sums(d, _square(d, REPS))
             n_finite = tl.full([ROWS], BLOCK, tl.int32)
         else:
             valid = s != float("-inf")
             d = tl.where(valid, s - spread(anchor), 0.0)
-            sum1, sum2, counted = row_sums3(d, d * d, valid.to(COMPUTE))
+            sum1, sum2, counted = row_sums3(d, _square(d, REPS), valid.to(COMPUTE))
             n_finite = counted.to(tl.int32)
     else:
         sum1_acc = tl.zeros([ROWS, LANES], COMPUTE)
@@ -329,7 +339,7 @@ def _forward(
             valid = s != float("-inf")
             d = tl.where(valid, s - spread(anchor), 0.0)
             sum1_acc += fold(d)
-            sum2_acc += fold(d * d)
+            sum2_acc += fold(_square(d, REPS))
             count_acc += fold(valid.to(tl.int32))
         sum1, sum2 = tl.split(tl.sum(tl.join(sum1_acc, sum2_acc), 1))
         n_finite = tl.sum(count_acc, 1)
