@@ -47,6 +47,7 @@ OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 OPS = ("soft_topk", "coordinate_descent")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 EFFORTS = ("quick", "full")
+MEASURED_OPS = ("soft_topk", "coordinate_descent", "copy", "softmax", "topk", "budget_sparsemax")
 
 EXTRA = "pip install 'coordroute[tune]'"
 EXTRA_MODULES = ("rich", "hypothesis", "matplotlib")
@@ -266,6 +267,19 @@ def _shape(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    return tuple(dict.fromkeys(_shape(part.strip()) for part in text.split(",")))
+
+
+def _measured_ops(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in MEASURED_OPS:
+            allowed = ", ".join(MEASURED_OPS)
+            raise argparse.ArgumentTypeError(f"it is {text!r}, which names {name!r}; allowed are, with commas, {allowed}")
+    return names
+
+
 def _reference(text: str) -> str:
     name = r"[^\W\d]\w*"
     if not re.fullmatch(rf"{name}(\.{name})*:{name}", text):
@@ -327,7 +341,12 @@ copy, and the published recurrence in eager and compiled torch; with --peers als
 other packages that are installed. Device time, interleaved, all in one run.
 
 "x softmax" is a time over that of torch.softmax on the same shape and dtype: 2.00
-takes twice as long."""
+takes twice as long.
+
+The last table says which of the project's targets are met (autotune/targets.py). They
+are ratios within this run, in float32; bfloat16 stands beside them. A target that this
+run has no figures for is not measured, and says why. A missed target is no failure of
+the command. --shapes and --only ask for less."""
 
 REPORT = """\
 Renders the JSON files of autotune, verify and benchmark to pages that a person
@@ -397,7 +416,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--effort", choices=EFFORTS, default="quick", help=text)
     text = "the configuration file (default: <device>.json in COORDROUTE_CONFIG_DIR, or else in the user's cache folder)"
     one.add_argument("--output", metavar="FILE", help=text)
-    one.add_argument("--fresh", action="store_true", help="begin anew instead of going on with an interrupted run")
+    one.add_argument(
+        "--fresh",
+        action="store_true",
+        help="look at every candidate, instead of going on with an interrupted run or from what the file chose before",
+    )
     add_json(one)
 
     one = add(
@@ -423,11 +446,17 @@ def _parser() -> argparse.ArgumentParser:
         _benchmark,
         "measure our operators beside torch's and other people's",
         BENCHMARK,
-        "  coordroute benchmark\n  coordroute benchmark --device cuda:0 --peers --json benchmark.json\n",
+        "  coordroute benchmark\n"
+        "  coordroute benchmark --device cuda:0 --peers --json benchmark.json\n"
+        "  coordroute benchmark --shapes 1024x8192,8x1024 --only soft_topk,softmax,copy\n",
     )
     add_device(one)
     text = "also measure other packages where they are installed (colt5-attention, entmax)"
     one.add_argument("--peers", action="store_true", help=text)
+    text = "measure these shapes instead of the device's fixed list"
+    one.add_argument("--shapes", metavar="ROWSxN,...", type=_shapes, help=text)
+    text = f"measure these operators alone, of {', '.join(MEASURED_OPS)}"
+    one.add_argument("--only", metavar="OP,...", type=_measured_ops, help=text)
     add_json(one)
 
     one = add(
@@ -591,9 +620,18 @@ def _working(arguments: argparse.Namespace) -> Iterator[_Progress]:
 
 
 def _config_text(config: Mapping[str, Any]) -> str:
-    """A launch configuration for a person: what is 0 or null has no meaning for its variant."""
-    short = {"rows_per_program": "rows", "num_warps": "warps", "num_stages": "stages", "checkpoint_segments": "segments"}
-    parts = [f"{short.get(name, name)}={value}" for name, value in config.items() if name != "variant" and value]
+    """A launch configuration for a person: what is 0 or null has no meaning for its variant, nor has one program a row."""
+    short = {
+        "rows_per_program": "rows",
+        "num_warps": "warps",
+        "num_stages": "stages",
+        "checkpoint_segments": "segments",
+        "programs_per_row": "programs",
+    }
+    told = {name: value for name, value in config.items() if name != "variant" and value}
+    if told.get("programs_per_row") == 1:
+        del told["programs_per_row"]
+    parts = [f"{short.get(name, name)}={value}" for name, value in told.items()]
     return " ".join([str(config["variant"]), *parts])
 
 
@@ -866,7 +904,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 
     device = _device(arguments.device)
     with _working(arguments) as progress:
-        evidence = benchmark.run(device, arguments.peers, progress)
+        evidence = benchmark.run(device, arguments.peers, progress, shapes=arguments.shapes, only=arguments.only)
     _finish(arguments, evidence, lambda: _show_benchmark(evidence))
     return OK
 
@@ -898,6 +936,7 @@ def _show_benchmark(evidence: dict[str, Any]) -> Iterator[str]:
             shown.append(line)
         yield _table(f"\n{rows}x{n} {dtype}", columns, shown)
     yield from _show_skipped([row for row in evidence["results"] if row["median_us"] is None])
+    yield from _show_targets(evidence.get("targets", []))
 
 
 def _show_skipped(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -913,6 +952,62 @@ def _show_skipped(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         first = found[0]
         place = f"{first['rows']}x{first['n']} {first['dtype']} {first['direction']}"
         yield f"  {who}: {reason} ({place if len(found) == 1 else f'{len(found)} times, first {place}'})"
+
+
+def _target_figure(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    figure = f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return f"{figure}x" if unit == "×" else f"{figure} {unit}"
+
+
+def _target_verdict(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A word for what became of a target, and its style."""
+    if row["met"] is not None:
+        return ("met", "green") if row["met"] else ("missed", "bold red")
+    return ("not measured", "yellow") if row["figure"] is None else ("no limit", "")
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return "" if row["rows"] is None else f"{row['rows']}x{row['n']}"
+
+
+def _show_targets(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The targets, and a line for each reason for which one was not measured."""
+    if not rows:
+        return
+    columns = [
+        ("", "left"),
+        ("work", "left"),
+        ("rows x n", "right"),
+        ("target", "fold"),
+        ("float32", "right"),
+        ("bfloat16", "right"),
+        ("verdict", "left"),
+    ]
+    shown: list[list[Cell]] = []
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["figure"] is None:
+            reasons.setdefault(_one_line(row["reason"]), []).append(row)
+        if not row["applies"]:
+            continue
+        figures = [_target_figure(row[name], row["unit"]) for name in ("figure", "bfloat16")]
+        if row["detail"].get("sweeps"):
+            figures[0] += f" ({_count(row['detail']['sweeps'], 'sweep')})"
+        shown.append([row["id"], row["work"], _place(row), row["target"], *figures, _target_verdict(row)])
+    yield _table("\nTargets", columns, shown)
+    if reasons:
+        yield "\nTargets that were not measured:"
+    for reason, found in reasons.items():
+        several = Counter(row["id"] for row in rows)
+        here = Counter(row["id"] for row in found)
+        whole = [name for name in here if here[name] == several[name]]
+        parts = [f"{row['id']} {_place(row)}" for row in found if row["id"] not in whole]
+        yield f"  {', '.join([*whole, *parts])}: {reason}"
+    judged = [row["met"] for row in rows if row["met"] is not None]
+    others = len(rows) - len(judged)
+    yield f"\nTargets: {sum(judged)} met, {len(judged) - sum(judged)} missed, {others} not measured or without a limit"
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,22 @@ from typing import Any
 
 from . import evidence as evidence_module
 from . import plots, text
-from .evidence import COMMANDS, SOFTMAX, VERDICTS, Evidence, Json, KeyGroup, Panel, Point, Series, Shape
+from .evidence import (
+    COMMANDS,
+    MET,
+    MISSED,
+    NO_LIMIT,
+    NOT_MEASURED,
+    SOFTMAX,
+    VERDICTS,
+    Evidence,
+    Json,
+    KeyGroup,
+    Panel,
+    Point,
+    Series,
+    Shape,
+)
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
@@ -51,7 +66,8 @@ class Table:
     Attributes:
         notes: (letter, text); a note without a letter is of the whole table.
         folded: the page shows it when it is asked for.
-        kind: "" (figures), "even" (all columns but the first of one width) or "prose" (sentences, which are wrapped).
+        kind: "" (figures), "even" (all columns but the first of one width), "prose" (sentences, which are wrapped) or "goals"
+            (figures, and sentences in the third column).
     """
 
     title: str
@@ -186,6 +202,7 @@ def build(evidence: Evidence) -> Document:
     names = _Names()
     panels = evidence_module.panels(evidence.benchmark) if evidence.benchmark else []
     blocks: list[Block] = [Tiles(_tiles(evidence, panels)), *_files(evidence)]
+    blocks += _targets(evidence)
     blocks += _benchmark(evidence.benchmark, panels, names)
     blocks += _autotune(evidence.autotune, names)
     blocks += _verify(evidence.verify)
@@ -244,6 +261,9 @@ def _verdict(evidence: Evidence, panels: list[Panel]) -> Words:
         parts.append("soft_topk was not measured beside torch.softmax")
     else:
         parts.append(f"soft_topk {panel.direction} in {panel.dtype} takes {text.span(ratios)} the time of torch.softmax")
+    counts = Counter(map(evidence_module.became, evidence_module.targets(evidence.benchmark)))
+    if counts[MET] + counts[MISSED]:
+        parts.append(f"{counts[MET]} of {text.several(counts[MET] + counts[MISSED], 'target')} met")
     return Words("; ".join(parts) + ".", tone)
 
 
@@ -307,6 +327,74 @@ def _files(evidence: Evidence) -> list[Block]:
     if len(made_with) > 1:
         notes.append(("", "The files were made with different versions: their figures are not of one and the same code."))
     return [Table("", columns, rows, notes)]
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+_TONES = {MET: "pass", MISSED: "fail", NOT_MEASURED: "muted", NO_LIMIT: "muted"}
+_SIGNS = {MET: "✓ ", MISSED: "✗ "}
+
+
+def _targets(evidence: Evidence) -> list[Block]:
+    """Nothing where the file is from before there were targets."""
+    found = evidence_module.targets(evidence.benchmark)
+    if evidence.benchmark is None or not found:
+        return []
+    counts = Counter(map(evidence_module.became, found))
+    judged = counts[MET] + counts[MISSED]
+    said = f"{counts[MET]} of {text.several(judged, 'target')} met, {counts[MISSED]} missed" if judged else "No target was judged"
+    for word, sentence in ((NOT_MEASURED, "not measured"), (NO_LIMIT, "reported without a limit")):
+        said += f", {counts[word]} {sentence}" if counts[word] else ""
+    tone = "fail" if counts[MISSED] else "pass" if judged else "missing"
+    blocks: list[Block] = [Heading("Targets", anchor="targets"), Words(f"{said}; each shape counts.", tone)]
+    where = (
+        "" if "H100" in evidence.device["name"] or _is_cpu(evidence) else " The targets were set for an H100, which this is not."
+    )
+    blocks.append(
+        Words(
+            "A figure is a ratio of two medians of this run, with the two times below it, or a count. float32 decides; the same "
+            f"figure in bfloat16 stands beside it without a verdict.{where}"
+        )
+    )
+    notes = _Notes()
+    rows = []
+    for row in found:
+        word = evidence_module.became(row)
+        shape = text.NOTHING if row["rows"] is None else text.shape(row["rows"], row["n"])
+        marks = notes.mark(row["reason"]) if row["reason"] and word == NOT_MEASURED else ()
+        rows.append(
+            [
+                Cell(f"{row['id']} {row['work']}"),
+                Cell(shape),
+                Cell(row["target"]),
+                Cell(
+                    text.amount(row["figure"], row["unit"]),
+                    _behind(row),
+                    tone="muted" if row["figure"] is None else "strong",
+                ),
+                Cell(text.amount(row["bfloat16"], row["unit"]), tone="muted"),
+                Cell(f"{_SIGNS.get(word, '')}{word}", marks=marks, tone=_TONES[word]),
+            ]
+        )
+    listed = notes.listed()
+    cpu = evidence.benchmark.get("cpu")
+    if isinstance(cpu, dict):
+        listed.append(("", f"The CPU is {cpu['device']['name']}, with {text.several(cpu['threads'], 'thread')}."))
+    columns = [Column("work", False), Column("rows × n"), Column("target", False), Column("float32"), Column("bfloat16")]
+    return [*blocks, Table("", [*columns, Column("verdict", False)], rows, listed, kind="goals")]
+
+
+def _behind(row: Json) -> str:
+    """What stands behind a target's figure: times, sweeps."""
+    lines, detail = [], row["detail"]
+    above, below = detail.get("numerator_us"), detail.get("denominator_us")
+    if above is not None and below is not None:
+        lines.append(f"{text.figure(above)} / {text.figure(below)} µs")
+    if detail.get("sweeps"):
+        lines.append(text.several(detail["sweeps"], "sweep"))
+    if detail.get("floats_a_row") is not None and row["unit"] != "floats a row":
+        lines.append(f"{text.figure(detail['floats_a_row'])} floats a row")
+    return "\n".join(lines)
 
 
 # --- benchmark -------------------------------------------------------------------------------------------------------
@@ -469,6 +557,7 @@ _UNITS = (
     ("num_stages", "{} stages", 0),
     ("checkpoint_segments", "{} segments", None),
     ("num_threads", "{} threads", 0),
+    ("programs_per_row", "{} programs a row", 1),
 )
 
 

@@ -29,6 +29,7 @@ TEXT, NUMBER, WHOLE, ANYTHING = "a string", "a number", "a whole number", "anyth
 MAYBE_TEXT, MAYBE_NUMBER, MAYBE_WHOLE = f"{TEXT} or null", f"{NUMBER} or null", f"{WHOLE} or null"
 TRUTH, OBJECT, MAYBE_OBJECT, LIST = "true or false", "an object", "an object or null", "a list"
 INTERVAL = "a list of two numbers or null"
+MAYBE_TRUTH, OBJECT_OR_TEXT = f"{TRUTH} or null", f"{OBJECT} or {TEXT}"
 
 _HEAD = {"device": OBJECT, "versions": OBJECT, "date": TEXT, "seconds": NUMBER}
 _DEVICE = {"name": TEXT, "sm_count": WHOLE, "capability": TEXT, "memory_bytes": WHOLE, "driver": TEXT}
@@ -54,6 +55,24 @@ _RESULT = {
     "method": TEXT,
     "status": TEXT,
 }
+_TARGET = {
+    "id": TEXT,
+    "op": TEXT,
+    "work": TEXT,
+    "target": TEXT,
+    "rows": MAYBE_WHOLE,
+    "n": MAYBE_WHOLE,
+    "applies": TRUTH,
+    "figure": MAYBE_NUMBER,
+    "bfloat16": MAYBE_NUMBER,
+    "unit": TEXT,
+    "met": MAYBE_TRUTH,
+    "reason": TEXT,
+    "detail": OBJECT,
+}
+_DETAIL = {"numerator_us": MAYBE_NUMBER, "denominator_us": MAYBE_NUMBER, "sweeps": MAYBE_WHOLE, "floats_a_row": MAYBE_NUMBER}
+"""What a target's ``detail`` may hold."""
+
 _PROPERTY = {
     "op": TEXT,
     "property": TEXT,
@@ -195,6 +214,16 @@ def _check_benchmark(path: Path, data: Json) -> None:
     for i, row in enumerate(data["results"]):
         _fields(path, f"results[{i}]", row, _RESULT)
     _distinct(path, "results", data["results"], (*_KEY, "implementation"))
+    # a file from before there were targets has none
+    _check(path, "targets", data.get("targets", []), LIST)
+    for i, row in enumerate(data.get("targets", [])):
+        _fields(path, f"targets[{i}]", row, _TARGET)
+        _fields(path, f"targets[{i}].detail", row["detail"], {name: _DETAIL[name] for name in _DETAIL if name in row["detail"]})
+    _distinct(path, "targets", data.get("targets", []), ("id", "rows", "n"))
+    _check(path, "cpu", data.get("cpu", ""), OBJECT_OR_TEXT)
+    if isinstance(data.get("cpu"), dict):
+        _fields(path, "cpu", data["cpu"], {"device": OBJECT, "threads": WHOLE})
+        _fields(path, "cpu.device", data["cpu"]["device"], {"name": TEXT})
 
 
 def _distinct(path: Path, where: str, rows: list[Json], names: tuple[str, ...]) -> None:
@@ -228,7 +257,10 @@ def _check(path: Path, at: str, value: Any, kind: str) -> None:
         LIST: isinstance(value, list),
         MAYBE_TEXT: value is None or isinstance(value, str),
         MAYBE_NUMBER: value is None or number,
+        MAYBE_WHOLE: value is None or whole,
         MAYBE_OBJECT: value is None or isinstance(value, dict),
+        MAYBE_TRUTH: value is None or isinstance(value, bool),
+        OBJECT_OR_TEXT: isinstance(value, dict | str),
         INTERVAL: value is None or _is_interval(value),
     }
     if not fits[kind]:
@@ -354,6 +386,23 @@ def _point(row: Json, base: float | None) -> Point:
     if median is None or not usable(median) or base is None or not usable(base):
         return Point(median, ci, None, None, reason)
     return Point(median, ci, median / base, None if ci is None else (ci[0] / base, ci[1] / base), reason)
+
+
+# --- the targets -----------------------------------------------------------------------------------------------------
+
+MET, MISSED, NOT_MEASURED, NO_LIMIT = "met", "missed", "not measured", "no limit"
+
+
+def targets(benchmark: Json | None) -> list[Json]:
+    """The rows of the targets that are for such a device: one for each target and shape."""
+    return [row for row in (benchmark or {}).get("targets", []) if row["applies"]]
+
+
+def became(target: Json) -> str:
+    """What became of a target, in a word or two."""
+    if target["met"] is not None:
+        return MET if target["met"] else MISSED
+    return NOT_MEASURED if target["figure"] is None else NO_LIMIT
 
 
 # --- the autotuner ---------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ td:last-child:not(.number) b{white-space:normal}
 .prose td:not(.number){min-width:15em;max-width:44em}
 .prose th b,.prose td:not(.number) b{white-space:normal;overflow-wrap:anywhere}
 .prose tbody th{white-space:normal;min-width:9em;max-width:16em}
+.goals td:nth-child(3){min-width:21em}.goals td:nth-child(3) b{white-space:normal}
 td.pass b{color:var(--pass)}td.fail b{color:var(--fail);font-weight:650}
 td.fail{background:var(--failbg)}
 .bar{display:block;height:5px;margin:3px 0;min-width:88px;max-width:170px;border-radius:3px;background:var(--faint);overflow:hidden}
@@ -82,19 +83,27 @@ details{margin:10px 0}
 summary{cursor:pointer;font-size:14px;font-weight:600}
 @media (max-width:600px){body{padding:18px 14px 48px}h1{font-size:24px}.verdict{font-size:16px}
 .tiles{grid-template-columns:repeat(2,1fr);gap:8px}.tile{padding:8px 10px}.tile dd b{font-size:19px}
-figure{padding:6px 2px 8px}th,td{padding-right:9px}}
+figure{padding:6px 2px 8px}th,td{padding-right:9px}
+.goals tbody th{max-width:9.5em}.goals tbody th b{white-space:normal;overflow-wrap:anywhere}}
 @media print{body{max-width:none;padding:0;font-size:11pt}nav{display:none}.scroll{overflow:visible}tbody th{position:static}
 table{font-size:8.5pt}td small,th small{font-size:8pt}tr,.tile,.failure{break-inside:avoid}h2,h3,h4{break-after:avoid}
 .plots{grid-template-columns:1fr 1fr}details::details-content{content-visibility:visible;block-size:auto}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
 
-NAVIGATION = (("speed", "Speed"), ("tuning", "Tuning"), ("correctness", "Correctness"), ("method", "Method"))
+NAVIGATION = (
+    ("targets", "Targets"),
+    ("speed", "Speed"),
+    ("tuning", "Tuning"),
+    ("correctness", "Correctness"),
+    ("method", "Method"),
+)
 
 
 def render(document: Document) -> str:
     """The whole page."""
-    links = "".join(f'<a href="#{anchor}">{words}</a>' for anchor, words in NAVIGATION)
+    anchors = {block.anchor for block in document.blocks if isinstance(block, Heading)}
+    links = "".join(f'<a href="#{anchor}">{words}</a>' for anchor, words in NAVIGATION if anchor in anchors)
     body = "\n".join(_block(block) for block in document.blocks)
     return f"""<!doctype html>
 <html lang="en">

@@ -1,21 +1,24 @@
-"""The short table of a README: both operators beside others, float32, from benchmark.json and verify.json alone.
+"""The short tables of a README: both operators beside others, float32, and the targets, from benchmark.json and verify.json alone.
 
     python -m coordroute.reports.summary README.md reports/<device>
 
-writes it between the two marker lines of the file.
+writes them between the two marker lines of the file.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 from . import evidence, text
-from .evidence import Panel, Series
+from .evidence import MET, MISSED, NOT_MEASURED, Evidence, Panel, Series
 from .markdown import escape
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 DTYPE = "float32"
+OURS = ("soft_topk", "coordinate_descent")
+"""Our operators that have a column; one with other settings, which is measured for a target, has none."""
 
 
 def _cell(panels: dict[str, Panel], series: Series, shape: tuple[int, int]) -> str:
@@ -28,7 +31,7 @@ def _cell(panels: dict[str, Panel], series: Series, shape: tuple[int, int]) -> s
 
 
 def summary(folder: Path) -> str:
-    """The table as Markdown, with a sentence that says where it is from.
+    """The tables as Markdown, with a sentence that says where it is from.
 
     Args:
         folder: with benchmark.json and verify.json.
@@ -45,6 +48,7 @@ def summary(folder: Path) -> str:
         raise ValueError(f"{folder / 'benchmark.json'} has no {DTYPE} forward; a summary needs it")
     forward = panels["forward"]
     series = [one for one in forward.series if any(_measured(forward, one, shape) for shape in forward.shapes)]
+    series = [one for one in series if not one.ours or one.op in OURS]
     head = ["rows × n", *(escape(one.label) for one in series)]
     lines = [f"| {' | '.join(head)} |", f"| :-- |{' --: |' * len(series)}"]
     for shape in forward.shapes:
@@ -62,7 +66,49 @@ def summary(folder: Path) -> str:
         f"{escape(versions['torch'] or 'none')}, triton {escape(versions['triton'] or 'none')}. {passed} of {len(ran)} property "
         f"checks held on {text.count(sum(row['cases'] for row in rows))} rows ({found.verify['date'][:10]})."
     )
-    return f"{said}\n\n" + "\n".join(lines)
+    return "\n\n".join([said, "\n".join(lines), *_targets(found)])
+
+
+def _targets(found: Evidence) -> list[str]:
+    """A sentence and a table with a line for each target; nothing where the file is from before there were targets."""
+    rows = evidence.targets(found.benchmark)
+    if not rows:
+        return []
+    counts = Counter(map(evidence.became, rows))
+    groups: dict[str, list[evidence.Json]] = {}
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    lines = ["| target | measured | |", "| :-- | :-- | :-- |"]
+    for name, group in groups.items():
+        shapes = ", ".join(text.shape(row["rows"], row["n"]) for row in group if row["rows"] is not None)
+        work = " at ".join(part for part in (group[0]["work"], shapes) if part)
+        cells = [escape(f"{name} {work}: {group[0]['target']}"), escape(_amounts(group)), _outcome(group)]
+        lines.append(f"| {' | '.join(cells)} |")
+    others = counts.total() - counts[MET] - counts[MISSED]
+    said = f"{counts[MET]} of {text.several(counts[MET] + counts[MISSED], 'target')} met, each shape counted"
+    said += f"; {others} not measured or without a limit." if others else "."
+    return [said, "\n".join(lines)]
+
+
+def _amounts(group: list[evidence.Json]) -> str:
+    """The figures at a target's shapes: ``0.97×, 1.02×``, with the sweeps where they were counted."""
+    said = []
+    for row in group:
+        sweeps = row["detail"].get("sweeps")
+        said.append(text.amount(row["figure"], row["unit"]) + (f" ({text.several(sweeps, 'sweep')})" if sweeps else ""))
+    return ", ".join(said) if any(row["figure"] is not None for row in group) else text.NOTHING
+
+
+def _outcome(group: list[evidence.Json]) -> str:
+    """A word for a target at all of its shapes; where they differ, a word and the shapes for each that is not met."""
+    words = [evidence.became(row) for row in group]
+    if len(set(words)) == 1:
+        return f"**{words[0]}**" if words[0] == MISSED else words[0]
+    said = []
+    for word in (MISSED, NOT_MEASURED):
+        where = [text.shape(row["rows"], row["n"]) for row, one in zip(group, words, strict=True) if one == word]
+        said += [f"{f'**{word}**' if word == MISSED else word} at {', '.join(where)}"] if where else []
+    return "; ".join(said)
 
 
 def _measured(panel: Panel, series: Series, shape: tuple[int, int]) -> bool:

@@ -31,6 +31,11 @@ def times(value: float | None) -> str:
     return NOTHING if value is None else f"{figure(value)}×"
 
 
+def amount(value: float | None, unit: str) -> str:
+    """A figure with its unit: ``1.73×``, ``2.00 floats a row``."""
+    return NOTHING if value is None else times(value) if unit == "×" else f"{figure(value)} {unit}"
+
+
 def span(values: list[float]) -> str:
     """The range of some ratios with two significant digits: ``0.08–1.3×``; the tables have three."""
     if not values:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from coordroute import cli, coordinate_descent, soft_topk
-from coordroute.autotune import benchmark, search, space, store, worker
+from coordroute.autotune import benchmark, search, space, store, targets, worker
 from coordroute.autotune import device as devices
 from coordroute.autotune.fingerprint import kernel_sha256
 from coordroute.kernels import config as kernel_config
@@ -80,6 +80,7 @@ def test_constants_are_those_of_the_modules_that_are_imported_late():
     assert cli.OPS == kernel_config.OPS == verify.KINDS
     assert kernel_config.DTYPES == cli.DTYPES
     assert tuple(space.EFFORTS) == cli.EFFORTS
+    assert cli.MEASURED_OPS == benchmark.OPS
 
 
 def test_alone_it_prints_the_help_with_an_example_of_every_command(run, capsys):
@@ -161,6 +162,9 @@ def test_version(capsys):
         ),
         (["verify", "--op", "exits_cli:f", "--kind", "soft_topk"], ["'exits_cli'", "does not import", "SystemExit: 3"]),
         (["verify", "--op", "syntax_cli:f", "--kind", "soft_topk"], ["'syntax_cli'", "does not import", "SyntaxError"]),
+        (["benchmark", "--shapes", "8x1024,4by4"], ["--shapes", "'4by4'", "1024x8192"]),
+        (["benchmark", "--shapes", ""], ["--shapes is ''", "1024x8192"]),
+        (["benchmark", "--only", "softmax,tpok"], ["--only is 'softmax,tpok'", "names 'tpok'", "soft_topk", "budget_sparsemax"]),
         (["configs", "--explain", "1024by8192"], ["--explain", "'1024by8192'", "1024x8192"]),
         (["configs", "--explain", "0x8"], ["--explain", "'0x8'", "at least 1"]),
         (["configs", "--explain", "8x8", "--dtype", "int8"], ["--dtype is 'int8'", "bfloat16"]),
@@ -496,13 +500,13 @@ def test_benchmark_sets_everything_beside_softmax_and_collects_what_was_skipped(
     ]
     found = {"device": devices.describe("cpu"), "seconds": 3.0, "method": "by the clock", "results": results}
 
-    def fake(device, peers, progress):
-        asked.append((device, peers))
+    def fake(device, peers, progress, *, shapes, only):
+        asked.append((device, peers, shapes, only))
         return found
 
     monkeypatch.setattr(benchmark, "run", fake)
     status, out, err = run("benchmark", "--device", "cpu", "--peers")
-    assert (status, err, asked) == (0, "", [(CPU, True)])
+    assert (status, err, asked) == (0, "", [(CPU, True, None, None)])
     lines = [line.split() for line in out.splitlines()]
     assert ["8x1024", "float32"] in lines
     assert ["soft_topk", "coordroute", "100.0", "2.00", "40.00", "0.50"] in lines
@@ -510,6 +514,62 @@ def test_benchmark_sets_everything_beside_softmax_and_collects_what_was_skipped(
     assert "  budget by entmax: No module named 'entmax' (2 times, first 8x1024 float32 forward)\n" in out
     status, out, _ = run("benchmark", "--device", "cpu", "--json", "-")
     assert status == 0 and json.loads(out) == found
+
+
+def goal(number: str, figure: float | None, met: bool | None, shape: tuple[int, int] = (8, 1024), **changes: object) -> dict:
+    made = {"id": number, "op": "soft_topk", "work": "soft_topk forward", "target": "at most 2× torch.softmax forward"}
+    made |= {"rows": shape[0], "n": shape[1], "applies": True, "figure": figure, "bfloat16": None, "unit": "×", "met": met}
+    return made | {"reason": "", "detail": {}} | changes
+
+
+def test_benchmark_ends_with_the_targets_and_a_word_for_each(run, monkeypatch):
+    goals = [
+        goal("1", 1.25, True, bfloat16=1.5, detail={"sweeps": 7}),
+        goal("1", 2.5, False, (16, 4096)),
+        goal("1", None, None, (32, 8192), reason="no time was left"),
+        goal("8a", None, None, reason="--peers measures it"),
+        goal("10b", 0.5, None, reason="no limit is set"),
+        goal("12b", 20.0, True, unit="floats a row"),
+        goal("13a", 0.25, True, rows=None, n=None),
+        goal("9a", None, None, applies=False, reason="it is for a GPU"),
+    ]
+    found = {"device": devices.describe("cpu"), "seconds": 3.0, "method": "by the clock", "results": [], "targets": goals}
+    monkeypatch.setattr(benchmark, "run", lambda *rest, **more: found)
+    status, out, err = run("benchmark", "--device", "cpu")
+    assert (status, err) == (0, "")  # a target that is missed is no failure of the command
+    table = [line.split() for line in out[out.index("\nTargets\n") :].splitlines()]
+    words = "soft_topk forward {} at most 2× torch.softmax forward {}"
+    for line in (
+        f"1 {words.format('8x1024', '1.25x (7 sweeps) 1.5x met')}",
+        f"1 {words.format('16x4096', '2.5x - missed')}",
+        f"1 {words.format('32x8192', '- - not measured')}",
+        f"8a {words.format('8x1024', '- - not measured')}",
+        f"10b {words.format('8x1024', '0.5x - no limit')}",
+        f"12b {words.format('8x1024', '20 floats a row - met')}",
+        "13a soft_topk forward at most 2× torch.softmax forward 0.25x - met",
+    ):
+        assert line.split() in table
+    assert "  1 32x8192: no time was left\n  8a: --peers measures it\n  9a: it is for a GPU\n" in out
+    assert not any(line[:1] == ["9a"] for line in table)
+    assert out.endswith("\nTargets: 3 met, 1 missed, 4 not measured or without a limit\n")
+
+
+def test_benchmark_measures_what_it_is_asked_for_and_judges_that(run):
+    """As it is, on the CPU, for tiny shapes."""
+    argv = ("benchmark", "--device", "cpu", "--shapes", "4x64,2X32", "--only", "soft_topk,softmax", "--json", "b.json")
+    status, out, _ = run(*argv)
+    assert status == 0 and ["4x64", "float32"] in [line.split() for line in out.splitlines()]
+    found = json.loads(Path("b.json").read_text())
+    assert {(row["rows"], row["n"]) for row in found["results"]} == {(4, 64), (2, 32)}
+    assert {row["op"] for row in found["results"]} == {"soft_topk", "softmax"}
+    assert all(row["status"] == "ok" for row in found["results"])
+    assert {row["id"] for row in found["targets"]} == {target.id for target in targets.TARGETS}
+    assert all(row["met"] is None and row["reason"] for row in found["targets"])
+    assert "memory" not in found and "host_time" not in found
+    Path("in").mkdir()
+    Path("b.json").rename("in/benchmark.json")
+    assert run("report", "--input", "in", "--output", "out")[0] == 0
+    assert "No target was judged" in Path("out/report.md").read_text()
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

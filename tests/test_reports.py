@@ -13,7 +13,8 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from coordroute.reports import document, evidence, markdown, plots, text
+from coordroute.autotune import targets
+from coordroute.reports import document, evidence, markdown, plots, summary, text
 from coordroute.reports.render import render
 
 DEVICE = {
@@ -80,6 +81,20 @@ def synthetic_benchmark(shapes=SHAPES):
                     results.append(row)
     settings = {"n_iters": 20, "eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7, "k": "9n/64; torch.topk: n/8"}
     return {**head("benchmark"), "seconds": 81.2, "method": "SYNTHETIC: from a formula", "settings": settings, "results": results}
+
+
+def judged(data, **measured):
+    """The same evidence of the benchmark with what it says to the targets."""
+    found = targets.evaluate(targets.Measured("cuda", data["results"], **measured))
+    return data | {"targets": found, "cpu": {"device": dict(DEVICE, name="SYNTHETIC CPU"), "threads": 2, "results": []}}
+
+
+MEMORY = [
+    {"op": op, "dtype": dtype, "rows": 1024, "n": 8192, "floats_a_row": kept, "growth": 0.0, "status": "ok"}
+    for op, kept in (("soft_topk", 2.0), ("coordinate_descent", 20.0))
+    for dtype in ("float32", "bfloat16")
+]
+HOST = {"bare_us": 40.0, "soft_topk_us": 50.0, "coordinate_descent_us": 70.0}
 
 
 def synthetic_autotune(shapes=TUNED_SHAPES, dtypes=("float32", "bfloat16")):
@@ -396,6 +411,74 @@ def test_the_tables_of_the_markdown_are_well_formed(rendered):
     assert headings == ["Speed", "Tuning", "Correctness", "How it was measured"]
 
 
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def targeted(tmp_path, **measured):
+    data = judged(synthetic_benchmark(), memory=MEMORY, host=HOST, cpu="this process may use 1 core", **measured)
+    render(write(tmp_path, benchmark=data, verify=synthetic_verify()), tmp_path)
+    return data, (tmp_path / "report.md").read_text(encoding="utf-8"), Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_target_has_a_line_with_its_figure_and_a_word(tmp_path):
+    data, said, page = targeted(tmp_path)
+    assert page.errors == [] and "targets" in page.ids and re.findall(r"^## (.*)$", said, re.MULTILINE)[0] == "Targets"
+    assert ("a", {"href": "#targets"}) in page.tags
+    (table,) = [table for table in tables(said) if table[0][0] == "work"]
+    rows = table[2:]
+    assert len(rows) == len(data["targets"]) == 27
+    words = {True: "✓ met", False: "✗ missed", None: "not measured"}
+    for row, cells in zip(data["targets"], rows, strict=True):
+        figure = text.amount(row["figure"], row["unit"])
+        assert cells[0].replace("\\", "") == f"{row['id']} {row['work']}" and cells[2] == row["target"]
+        assert cells[1] == ("–" if row["rows"] is None else f"{row['rows']}×{row['n']}")
+        assert cells[3].partition("<br>")[0].strip("*") == figure
+        assert cells[4] == text.amount(row["bfloat16"], row["unit"])
+        word = "no limit" if row["id"] == "10b" and row["figure"] is not None else words[row["met"]]
+        assert cells[5].partition("<sup>")[0].strip("*") == word
+        assert word in page.text and figure in page.text
+        assert row["figure"] is not None or row["reason"] in page.text
+    counts = [[row["met"] for row in data["targets"]].count(met) for met in (True, False)]
+    assert min(counts) > 0
+    assert f"{counts[0]} of {sum(counts)} targets met, {counts[1]} missed" in page.text
+    assert f"{counts[0]} of {sum(counts)} targets met." in page.text  # the sentence at the top
+    assert "The CPU is SYNTHETIC CPU, with 2 threads." in page.text and "The targets were set for an H100" in page.text
+
+
+def test_a_file_from_before_there_were_targets_has_no_section_of_them(rendered):
+    data, files = rendered
+    assert "targets" not in data["benchmark"]
+    assert "Targets" not in files["report.md"] and "#targets" not in files["report.html"]
+
+
+def test_targets_of_another_kind_of_device_are_left_out(tmp_path):
+    data = synthetic_benchmark() | {"targets": targets.evaluate(targets.Measured("cpu", []))}
+    render(write(tmp_path, benchmark=data), tmp_path)
+    said = (tmp_path / "report.md").read_text(encoding="utf-8")
+    (table,) = [table for table in tables(said) if table[0][0] == "work"]
+    assert [row[0].split()[0] for row in table[2:]] == ["11a", "11b", "12a", "12b"]
+    assert "No target was judged, 4 not measured" in said
+
+
+def test_the_summary_has_a_line_for_each_target(tmp_path):
+    data, _, _ = targeted(tmp_path)
+    said = summary.summary(tmp_path)
+    (table,) = [table for table in tables(said) if table[0][0] == "target"]
+    lines = {row[0].split()[0]: row for row in table[2:]}
+    assert list(lines) == list(dict.fromkeys(row["id"] for row in data["targets"]))
+    found = {(row["id"], row["rows"], row["n"]): row for row in data["targets"]}
+    first = [found["1", *shape] for shape in targets.LARGE]
+    assert lines["1"][1] == ", ".join(text.amount(row["figure"], "×") for row in first)
+    assert "soft_topk forward at 1024×8192, 4096×2048, 1024×16384, 65536×256: at most 1.0× torch.softmax forward" in lines["1"][0]
+    assert "**missed** at 1024×8192" in lines["1"][2] and "not measured at 1024×16384" in lines["1"][2]
+    assert lines["6"][1:] == ["–", "not measured"] and lines["12b"][1:] == ["20.0 floats a row", "met"]
+    assert lines["13a"][1:] == ["1.25×", "met"] and lines["13b"][1:] == ["1.75×", "**missed**"]
+    assert "not measured or without a limit." in said
+    data["results"].append(data["results"][3] | {"op": targets.LONG})
+    write(tmp_path, benchmark=data)
+    assert "T=50" not in summary.summary(tmp_path).partition("\n\n|")[2].partition("\n\n")[0]
+
+
 # --- odd evidence ----------------------------------------------------------------------------------------------------
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;|`$x_1^2$ ](javascript:x) -->\n# <img src=x onerror=y> 深\ud800\x00"
@@ -413,6 +496,10 @@ def test_hostile_texts_stay_texts(tmp_path):
         if row["status"] != "ok":
             row["status"] = f"skipped: {HOSTILE}"
     data["benchmark"]["method"] = data["benchmark"]["settings"][HOSTILE] = HOSTILE
+    data["benchmark"] = judged(data["benchmark"])
+    for row in data["benchmark"]["targets"]:
+        row |= {name: HOSTILE for name in ("work", "target", "unit", "reason")}
+    data["benchmark"]["cpu"]["device"]["name"] = HOSTILE
     for key in data["autotune"]["keys"]:
         key["config"] = key["config"] and key["config"] | {"variant": HOSTILE, HOSTILE: HOSTILE}
         key["key"]["op"] = f"/{HOSTILE}" if key["key"]["op"] == "soft_topk" else key["key"]["op"]
@@ -455,6 +542,9 @@ def test_figures_that_are_none_are_no_reason_to_stop(tmp_path):
         if key["timing"]:
             key["timing"] |= {"median_us": (math.inf, math.nan, 0.0, 3.0)[i % 4], "ci_us": (None, [0.0, math.inf])[i % 2]}
             key["gain"] = (None, math.inf, 1.0)[i % 3]
+    data["benchmark"] = judged(data["benchmark"])
+    for i, row in enumerate(data["benchmark"]["targets"]):
+        row |= {"figure": (math.inf, math.nan, 0.0, -1.0, None)[i % 5], "met": (None, True, False)[i % 3]}
     data["autotune"]["geometric_mean_gain"] = math.nan
     data["verify"]["seconds"] = math.inf
     render(write(tmp_path, **data), tmp_path)
@@ -509,6 +599,12 @@ def inner(where, position, **changes):
     return spoil
 
 
+def odd_target(data, **changes):
+    data = judged(data)
+    data["targets"][0] |= changes
+    return json.dumps(data)
+
+
 @pytest.mark.parametrize(
     ("command", "spoil", "reason"),
     [
@@ -534,6 +630,11 @@ def inner(where, position, **changes):
             lambda data: json.dumps({k: v for k, v in data.items() if k != "method"}),
             "has no method; a string is needed",
         ),
+        ("benchmark", spoiled(targets={}), r"targets is \{\}; a list is needed"),
+        ("benchmark", spoiled(targets=[{"id": "1"}]), r"has no targets\[0\]\.op; a string is needed"),
+        ("benchmark", lambda data: odd_target(data, met="yes"), r"targets\[0\]\.met is 'yes'; true or false or null is needed"),
+        ("benchmark", lambda data: odd_target(data, detail={"sweeps": "3"}), r"targets\[0\]\.detail\.sweeps is '3'"),
+        ("benchmark", spoiled(cpu={"threads": 2}), r"has no cpu\.device"),
         ("autotune", inner("keys", 0, timing={}), r"has no keys\[0\]\.timing\.median_us"),
         ("autotune", inner("keys", 0, key=1), r"keys\[0\]\.key is 1; an object is needed"),
         ("autotune", inner("keys", 0, candidates=["x"]), r"keys\[0\]\.candidates\[0\] is 'x'; an object is needed"),
