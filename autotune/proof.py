@@ -341,7 +341,8 @@ def prove(device: torch.device, key: Key, config: LaunchConfig, partner: LaunchC
             binary = binaries()
     except Exception as error:
         return outcome("does not compile", one_line(error))
-    if binary.spills and not is_default:
+    # where registers are capped, a few spills may be the price of more programs side by side: the timing tells
+    if binary.spills and not is_default and not config.max_registers:
         return outcome("spills", f"{binary.spills} spilled at {binary.registers} registers")
     try:
         checked = check(key.op, device, dtype, key.n, forward, backward, binary.sha256, seed)

@@ -10,6 +10,8 @@ Per group (one operator, dtype and bucket, both directions):
 4. ``coordinate_descent``: another number of checkpoint segments is taken only if both directions together gain by it.
 
 Finished groups are in the output file and in a state file beside it, so that an interrupted run goes on where it was.
+Where the output file already has a choice for both directions of a group (of another kernel, driver or version of Triton), only
+that and the default are verified and timed; ``fresh`` looks at all candidates again.
 """
 
 from __future__ import annotations
@@ -208,6 +210,7 @@ class _Search:
         self.groups = space.groups(self.backend, effort) if groups is None else groups
         fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
         self.state = State.open(state_path(path), fingerprint, fresh)
+        self.known = {} if fresh else store.choices(path)
         self.progress = progress
         self.began = time.monotonic()
         if seconds is None and self.backend == "cpu":
@@ -256,13 +259,23 @@ class _Search:
             raise
         self.state.remove()
 
+    def chosen_before(self, group: Group) -> bool:
+        return all(group.key(direction) in self.known for direction in kernel_config.DIRECTIONS)
+
+    def candidates(self, group: Group, direction: str) -> list[LaunchConfig]:
+        """The candidates of one direction, the default first: all, or the default and what was chosen before."""
+        key = group.key(direction)
+        found = space.candidates(key, self.backend, self.effort)
+        return list(dict.fromkeys([found[0], self.known[key]])) if self.chosen_before(group) else found
+
     def tasks(self, group: Group) -> list[Task]:
         """The candidates of a group with the default segments, each joined to the other direction's default."""
         made = []
         for direction, other in (("forward", "backward"), ("backward", "forward")):
             partner = kernel_config.heuristic(group.key(other), self.backend)
             key = group.key(direction)
-            made += [Task(key, one, partner, self.seed) for one in space.candidates(key, self.backend, self.effort)]
+            for one in self.candidates(group, direction):
+                made.append(Task(key, one, space.with_segments(partner, one.checkpoint_segments), self.seed))
         return made
 
     def prove_ahead(self, tasks: list[Task]) -> None:
@@ -432,7 +445,7 @@ class _Tuner:
 
     def proved(self, direction: str) -> list[_Candidate]:
         found = []
-        for config in space.candidates(self.group.key(direction), self.search.backend, self.search.effort):
+        for config in self.search.candidates(self.group, direction):
             compiled = config.variant == "inductor"
             left = self.deadline - time.monotonic()
             if left < (self.search.compile_seconds if compiled else 0.0):
@@ -536,7 +549,7 @@ class _Tuner:
 
     def with_other_segments(self, choices: dict[str, _Choice | None]) -> None:
         """Takes another number of checkpoint segments where forward and backward together gain by it."""
-        others = space.segment_choices(self.group.op, self.search.effort)[1:]
+        others = () if self.search.chosen_before(self.group) else space.segment_choices(self.group.op, self.search.effort)[1:]
         forward, backward = choices["forward"], choices["backward"]
         if not others or forward is None or backward is None or time.monotonic() > self.deadline:
             return

@@ -7,7 +7,6 @@ operator, dtype, number of rows and length, both directions.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,9 +38,10 @@ _GPU_QUICK = (
     (1024, 8192),
     (4096, 2048),
     (65536, 256),
+    (1024, 16384),
     (64, 8192),
     (16, 1024),
-    (64, 32768),
+    (16, 4096),
     (4, 131072),
     (1, 1048576),
 )
@@ -54,10 +54,9 @@ _GPU_FULL = (
     (1024, 1024),
     (1024, 2048),
     (1024, 4096),
-    (1024, 16384),
+    (64, 32768),
     (256, 8192),
     (64, 1024),
-    (16, 4096),
     (16, 16384),
     (16, 65536),
     (4, 1024),
@@ -114,55 +113,93 @@ def with_segments(config: LaunchConfig, segments: int | None) -> LaunchConfig:
 # --- GPU -------------------------------------------------------------------------------------------------------------
 
 
+MAX_PER_THREAD = 128
+"""32-bit words of scores that a thread may hold."""
+
+
 def is_valid(config: LaunchConfig, key: Key) -> bool:
     """Whether a GPU configuration makes sense: the row fits, and a thread has neither too little nor too much."""
     if config.rows_per_program > max(1, key.rows) or not 1 <= config.num_warps <= 32:
         return False
+    # a multiprocessor has 65536 registers, a thread at most 255
+    if config.max_registers * 32 * config.num_warps > 65536 or config.max_registers > 255:
+        return False
     words = 2 if key.dtype == "float64" else 1
-    held = config.rows_per_program * config.block
-    per_thread = held * words / (32 * config.num_warps)
+    per_thread = config.rows_per_program * config.block * words / (32 * config.num_warps)
+    if config.max_registers and config.max_registers < per_thread + 24:
+        return False
     if config.variant == "resident":
         if not key.n <= config.block <= kernel_config.MAX_RESIDENT_N // words:
             return False
-        return per_thread <= 64 and (per_thread >= 2 or config.num_warps == 1)
+        return per_thread <= MAX_PER_THREAD and (per_thread >= 2 or config.num_warps == 1)
+    if config.variant == "split":
+        if config.programs_per_row < 2 or config.programs_per_row * 16 > key.n:
+            return False
+        side_by_side = key.direction == "forward"
+        if side_by_side and config.programs_per_row * key.rows > 2 * kernel_config.PROCESSORS:
+            return False
+        return 2 <= per_thread <= MAX_PER_THREAD
     return config.rows_per_program == 1 and 2 <= per_thread <= 32
 
 
 def _gpu(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:
-    full = effort == "full"
     made: list[LaunchConfig] = []
-    if default.variant == "resident":
-        held, warps = default.rows_per_program, default.num_warps
-        if full:
-            pairs: Iterable[tuple[int, int]] = ((r, w) for r in (1, 2, 4, 8, 16, 32) for w in (1, 2, 4, 8, 16, 32))
-        else:
-            pairs = (
-                (held, warps * 2),
-                (held, warps // 2),
-                (held, warps // 4),
-                (held * 2, warps),
-                (held * 2, warps * 2),
-                (held * 4, warps * 2),
-                (held // 2, warps),
-            )
-        made += [replace(default, rows_per_program=r, num_warps=w) for r, w in pairs if r >= 1 and w >= 1]
-    elif key.n <= kernel_config.MAX_RESIDENT_N:
-        # too long for the heuristic, which must not spill anywhere; here the compiler is asked
-        made += [LaunchConfig("resident", key.n, 1, w, 1, default.checkpoint_segments) for w in (16, 32)]
-    if default.variant == "tiled" or (full and key.n >= 4096) or key.n >= 32768:
-        tiled = LaunchConfig("tiled", 4096, 1, 16, 1, default.checkpoint_segments)
-        if full:
-            tiles: Iterable[tuple[int, int, int]] = (
-                (b, w, s) for b in (1024, 2048, 4096, 8192, 16384) for w in (4, 8, 16, 32) for s in (1, 2, 3)
-            )
-        else:
-            tiles = ((8192, 16, 1), (8192, 32, 1), (16384, 32, 1), (4096, 16, 2), (4096, 8, 1), (4096, 32, 1))
-        if default.variant == "resident":
-            tiles = ((8192, 32, 1), (8192, 16, 1))
-            if full:
-                tiles = ((b, w, s) for b in (4096, 8192) for w in (8, 16, 32) for s in (1, 2))
-        made += [replace(tiled, block=b, num_warps=w, num_stages=s) for b, w, s in tiles if b < 2 * key.n]
+    words = 2 if key.dtype == "float64" else 1
+    if key.n <= kernel_config.MAX_RESIDENT_N // words:
+        made += _resident(key, default, effort)
+    if key.n >= 16384 and key.rows <= 64:
+        made += _split(key, default, effort)
+    if default.variant == "tiled" or (effort == "full" and key.n >= 8192 and key.rows >= 64):
+        tiles = ((4096, 16, 1), (8192, 32, 1), (4096, 8, 1), (8192, 16, 2))
+        made += [LaunchConfig("tiled", b, 1, w, s, default.checkpoint_segments) for b, w, s in tiles if b < 2 * key.n]
     return [config for config in made if is_valid(config, key)]
+
+
+def _resident(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:
+    """Threads with 8 to 128 scores; the more a thread has, the less is done twice, the fewer programs run side by side."""
+    full = effort == "full"
+    few = key.rows * key.n <= 1 << 20
+    shares: tuple[int, ...] = (4, 8, 16, 32, 64, 128) if full else (4, 8, 16, 32) if few else (8, 16, 32, 64)
+    if key.op == "coordinate_descent" and not few:
+        shares = (8, 16, 32, 64, 128) if full else (16, 32, 64, 128)
+    made = []
+    for rows in (1, 2, 4, 8, 16, 32) if key.n < 2048 else (1,):
+        for share in shares:
+            warps = rows * key.n // (32 * share)
+            # several rows a program pay where a warp takes them all
+            if warps < 1 or (rows > 1 and warps > (4 if full else 1)):
+                continue
+            plain = LaunchConfig("resident", key.n, rows, warps, 1, default.checkpoint_segments)
+            made.append(plain)
+            if not few or full:
+                caps = {8: (32, 40), 16: (40, 64), 32: (64, 80), 64: (96, 128), 128: (168,)}.get(share, ())
+                made += [replace(plain, max_registers=cap) for cap in (caps if full else caps[-1:])]
+    if not made:
+        made.append(LaunchConfig("resident", key.n, 1, 1, 1, default.checkpoint_segments))
+    return made
+
+
+def _split(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:
+    """Rows shared by as many programs as there are processors for, or half of them; backwards by any number."""
+    made = []
+    if key.direction == "forward":
+        most = kernel_config.PROCESSORS // key.rows
+        counts = [most >> shift for shift in range(3 if effort == "full" else 2)]
+    else:
+        counts = [key.n // block for block in ((1024, 2048, 4096, 8192) if effort == "full" else (2048, 4096, 8192))]
+    for programs in counts:
+        if programs < 2 or key.n // programs < 512:
+            continue
+        chunk = key.n // programs
+        blocks = (chunk,) if chunk <= 16384 else (8192, 16384)
+        for block in blocks:
+            for share in (16, 32, 64) if effort == "full" or key.direction == "forward" else (16, 32):
+                warps = block // (32 * share)
+                if 1 <= warps <= 32:
+                    made.append(
+                        LaunchConfig("split", block, 1, warps, 1, default.checkpoint_segments, programs_per_row=min(programs, 2048))
+                    )
+    return made
 
 
 # --- CPU -------------------------------------------------------------------------------------------------------------

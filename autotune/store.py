@@ -303,6 +303,19 @@ def read(path: Path) -> ConfigFile:
     return found
 
 
+def choices(path: Path) -> dict[Key, LaunchConfig]:
+    """What a file chose for each key, whether or not its proofs still hold; nothing where there is no such file."""
+    found: dict[Key, LaunchConfig] = {}
+    try:
+        entries = read_json(path)["entries"]
+    except (OSError, InvalidFile, KeyError):
+        return found
+    for entry in entries:
+        with contextlib.suppress(InvalidFile, KeyError, TypeError, ValueError):
+            found[parse_key(entry["key"])] = LaunchConfig.from_json(entry["config"])
+    return found
+
+
 def _usable(entry: Any, backend: str) -> tuple[Key, LaunchConfig]:
     if not isinstance(entry, dict):
         raise InvalidFile("it is no object")
@@ -311,13 +324,14 @@ def _usable(entry: Any, backend: str) -> tuple[Key, LaunchConfig]:
         launch = LaunchConfig.from_json(entry["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidFile(f"its config is not valid ({error})") from error
-    variants = ("resident", "tiled") if backend == "triton" else ("eager", "inductor")
+    variants = ("resident", "split", "tiled") if backend == "triton" else ("eager", "inductor")
     if launch.variant not in variants:
         raise InvalidFile(f"its variant is {launch.variant!r}; allowed is {' or '.join(variants)}")
     if backend == "triton" and not (_is_power_of_2(launch.block) and _is_power_of_2(launch.num_warps)):
         raise InvalidFile(f"its block {launch.block} and num_warps {launch.num_warps} must be powers of two")
-    if launch.rows_per_program < 1:
-        raise InvalidFile("its rows_per_program is 0; at least 1 is needed")
+    for name in ("rows_per_program", "programs_per_row"):
+        if getattr(launch, name) < 1:
+            raise InvalidFile(f"its {name} is 0; at least 1 is needed")
     if backend == "triton" and not kernel_config.fits(launch, key, key.n):
         raise InvalidFile(f"its block {launch.block} is shorter than its own rows of {key.n}")
     reason = check_proof(entry.get("proof"), key, backend)
@@ -383,7 +397,7 @@ def _distance(key: Key, candidate: Key) -> tuple[float, float, int, int]:
     return n, rows, candidate.n, candidate.rows
 
 
-MAX_DOUBLINGS = {"resident": 1.0, "tiled": 2.0, "eager": 2.0, "inductor": 2.0}
+MAX_DOUBLINGS = {"resident": 1.0, "split": 1.0, "tiled": 2.0, "eager": 2.0, "inductor": 2.0}
 """How far from its own length an entry may serve. A resident block computes on its padding too, so that a longer one
 costs what it is longer; the heuristic, whose block always fits, is better from there on."""
 
@@ -392,7 +406,8 @@ def nearest(key: Key, configs: dict[Key, LaunchConfig]) -> Key | None:
     """The entry nearest to ``key``: same op, direction and dtype; by length (log distance) first, then by rows.
 
     Left out are entries that cannot serve the key: a resident block shorter than the rows, more rows a program than
-    there are rows on a GPU, or a length further away than :data:`MAX_DOUBLINGS`.
+    there are rows on a GPU, programs that share rows of which there are far more, or a length further away than
+    :data:`MAX_DOUBLINGS`.
     """
 
     def serves(candidate: Key) -> bool:
@@ -401,6 +416,8 @@ def nearest(key: Key, configs: dict[Key, LaunchConfig]) -> Key | None:
             return False
         if launch.variant in ("eager", "inductor"):
             return True
+        if launch.variant == "split" and key.rows > 4 * candidate.rows:
+            return False
         return kernel_config.fits(launch, key, key.n) and launch.rows_per_program <= key.rows
 
     return min(filter(serves, configs), key=lambda candidate: _distance(key, candidate), default=None)

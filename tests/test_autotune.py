@@ -200,6 +200,23 @@ def test_fresh_drops_what_was_finished(quick):
     assert search.run("cpu", groups=SMALL, fresh=True)["resumed"] == 0
 
 
+def test_what_was_chosen_before_is_verified_and_timed_again_beside_the_default(quick, monkeypatch):
+    """After a change of kernel, driver or Triton: the stale file says what to look at, and gets fresh proofs."""
+    search.run("cpu", groups=SMALL[:1])
+    data = json.loads(quick.read_text())
+    chosen = replace(LaunchConfig.from_json(data["entries"][0]["config"]), rows_per_program=3)
+    for entry in data["entries"]:
+        entry["config"] = chosen.to_json()
+        entry["proof"]["kernel_sha256"] = "0" * 64
+    quick.write_text(json.dumps(data))
+    for made in search.run("cpu", groups=SMALL[:1])["keys"]:
+        configs = [LaunchConfig.from_json(candidate["config"]) for candidate in made["candidates"]]
+        assert len(configs) == 2 and configs[1] == chosen
+        assert store.lookup(CPU, Key(**made["key"])) in configs
+    afresh = search.run("cpu", groups=SMALL[:1], fresh=True)["keys"][0]["candidates"]
+    assert chosen not in [LaunchConfig.from_json(candidate["config"]) for candidate in afresh]
+
+
 def test_a_state_of_something_else_or_a_broken_one_is_not_gone_on_with(quick, tmp_path):
     path = tmp_path / "state.json"
     search.State(path, "one", {"group": {}}).write()
