@@ -66,7 +66,7 @@ td:last-child:not(.number) b{white-space:normal}
 .prose td:not(.number){min-width:15em;max-width:44em}
 .prose th b,.prose td:not(.number) b{white-space:normal;overflow-wrap:anywhere}
 .prose tbody th{white-space:normal;min-width:9em;max-width:16em}
-.goals td:nth-child(3){min-width:21em}.goals td:nth-child(3) b{white-space:normal}
+.goals td:nth-child(3){min-width:14em}.goals td:nth-child(3) b{white-space:normal}
 td.pass b{color:var(--pass)}td.fail b{color:var(--fail);font-weight:650}
 td.fail{background:var(--failbg)}
 .bar{display:block;height:5px;margin:3px 0;min-width:88px;max-width:170px;border-radius:3px;background:var(--faint);overflow:hidden}
