@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ import torch
 
 from ..kernels import config as kernel_config
 from . import device as devices
-from . import store, targets, timing
+from . import hosttime, store, targets, timing
 from .proof import PUBLISHED, one_line
 
 Progress = Callable[[int, int, str, float | None], None]
@@ -427,9 +426,7 @@ def _kept_bytes(op: str, rows: int, n: int, dtype: torch.dtype, device: torch.de
 def host_time(device: torch.device) -> dict[str, Any] | str:
     """Microseconds of the host for one eager call, ours and a bare one, or the reason why there are none."""
     try:
-        found = importlib.import_module(".hosttime", __package__).measure(device)
-    except ModuleNotFoundError as error:
-        return f"there is no module {error.name}"
+        found = hosttime.measure(device)
     except Exception as error:
         return one_line(error)
     return f"it is not measured on this device ({device.type})" if found is None else dict(found)
@@ -529,13 +526,10 @@ class _Bench:
     def sweeps(self, rows: int, n: int, dtype: str) -> dict[str, Any]:
         """How often the forward of soft_topk goes over the scores that are timed: the fewest of two input sets."""
         try:
-            from ..kernels import soft_topk
+            from ..kernels.soft_topk import count_sweeps
 
-            count: Callable[..., torch.Tensor] | None = getattr(soft_topk, "count_sweeps", None)
-            if count is None:
-                return {"sweeps": None, "sweeps_reason": "kernels.soft_topk has no count_sweeps"}
             sets = self.scores(rows, n, dtype, 2)
-            return {"sweeps": min(int(count(scores, k_of(n), EXACT_EPS).max()) for scores in sets)}
+            return {"sweeps": min(int(count_sweeps(scores, k_of(n), EXACT_EPS).max()) for scores in sets)}
         except Exception as error:
             return {"sweeps": None, "sweeps_reason": one_line(error)}
 

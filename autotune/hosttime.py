@@ -10,17 +10,16 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from .proof import PUBLISHED
 from .timing import Timed, paired_ratio
 
 SHAPE = (8, 1024)
 """Small enough that the device waits for the host, not the other way round."""
-
-K, EPS = 144, 0.03
-DESCENT = {"n_iters": 20, "eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
 
 CALLS = 50
 """Calls a sample: few enough that their launches fit the device's queue (about 1000), so that the host never waits for it."""
@@ -49,10 +48,12 @@ def measure(device: torch.device | str) -> dict[str, Any] | None:
 def _functions() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     from .. import router
 
+    p = PUBLISHED
+    k, schedule = p.k(SHAPE[1]), asdict(p)
     return {
         "bare": _bare(),
-        "soft_topk": lambda scores: router.soft_topk(scores, K, eps=EPS),
-        "coordinate_descent": lambda scores: router.coordinate_descent(scores, K, **DESCENT),  # type: ignore[arg-type]
+        "soft_topk": lambda scores: router.soft_topk(scores, k, eps=p.eps),
+        "coordinate_descent": lambda scores: router.coordinate_descent(scores, k, **schedule),
     }
 
 

@@ -10,8 +10,8 @@ Per group (one operator, dtype and bucket, both directions):
 4. ``coordinate_descent``: another number of checkpoint segments is taken only if both directions together gain by it.
 
 Finished groups are in the output file and in a state file beside it, so that an interrupted run goes on where it was.
-Where the output file already has a choice for both directions of a group (of another kernel, driver or version of Triton), only
-that and the default are verified and timed; ``fresh`` looks at all candidates again.
+Where the output file has a choice for both directions of a group whose proofs do not hold any more, for the kernel has changed,
+only that and the default are verified and timed; ``fresh`` looks at all candidates again.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class _Search:
         self.groups = space.groups(self.backend, effort) if groups is None else groups
         fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
         self.state = State.open(state_path(path), fingerprint, fresh)
-        self.known = {} if fresh else store.choices(path)
+        self.known = {} if fresh else store.outdated(path, self.backend)
         self.progress = progress
         self.began = time.monotonic()
         if seconds is None and self.backend == "cpu":

@@ -183,7 +183,7 @@ def _split(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:
     """Rows shared by as many programs as there are processors for, or half of them; backwards by any number."""
     made = []
     if key.direction == "forward":
-        most = kernel_config.PROCESSORS // key.rows
+        most = kernel_config.side_by_side(key.rows)
         counts = [most >> shift for shift in range(3 if effort == "full" else 2)]
     else:
         counts = [key.n // block for block in ((1024, 2048, 4096, 8192) if effort == "full" else (2048, 4096, 8192))]

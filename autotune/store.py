@@ -303,8 +303,8 @@ def read(path: Path) -> ConfigFile:
     return found
 
 
-def choices(path: Path) -> dict[Key, LaunchConfig]:
-    """What a file chose for each key, whether or not its proofs still hold; nothing where there is no such file."""
+def outdated(path: Path, backend: str) -> dict[Key, LaunchConfig]:
+    """What a file chose for the keys whose proof does not hold any more; nothing where there is no such file."""
     found: dict[Key, LaunchConfig] = {}
     try:
         entries = read_json(path)["entries"]
@@ -312,7 +312,9 @@ def choices(path: Path) -> dict[Key, LaunchConfig]:
         return found
     for entry in entries:
         with contextlib.suppress(InvalidFile, KeyError, TypeError, ValueError):
-            found[parse_key(entry["key"])] = LaunchConfig.from_json(entry["config"])
+            key, launch = parse_key(entry["key"]), LaunchConfig.from_json(entry["config"])
+            if check_proof(entry.get("proof"), key, backend):
+                found[key] = launch
     return found
 
 

@@ -152,22 +152,26 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
     return LaunchConfig("resident", key.n, rows, warps, 1, segments)
 
 
-PROCESSORS = 128
+PROCESSORS = 132
 """Multiprocessors of the GPU that the heuristic has in mind; a launch goes by the GPU's own number (launch.py)."""
+
+
+def side_by_side(rows: int) -> int:
+    """How many programs may share each of so many rows and all run at the same time: a power of two, or 0."""
+    return 1 << (PROCESSORS // rows).bit_length() >> 1
 
 
 def _long_rows(key: Key, segments: int | None) -> LaunchConfig:
     """Rows that are too long for one program, or few enough to be shared by several."""
     if key.direction == "backward":
         return LaunchConfig("split", 4096, 1, 8, 1, segments, programs_per_row=min(max(key.n // 4096, 1), 2048))
-    programs = PROCESSORS // key.rows
+    programs = side_by_side(key.rows)
     if programs < 2:
         return LaunchConfig("tiled", 4096, 1, 16, 1, segments)
     block = min(max(key.n // programs, 2048), 8192)
     if programs * block < key.n:
-        # tiles that are read again: more threads; and not a power of two of programs, for chunks that begin a power of two apart
-        # seem to meet in the same memory channels (an H100, 2^24 scores, two runs: 169 us with 128 programs, 132 us with 132)
-        return LaunchConfig("split", block, 1, 16, 1, segments, programs_per_row=(PROCESSORS + 4) // key.rows)
+        # tiles that are read again: more threads, and a program on every processor
+        return LaunchConfig("split", block, 1, 16, 1, segments, programs_per_row=PROCESSORS // key.rows)
     return LaunchConfig("split", block, 1, max(4, block // 2048), 1, segments, programs_per_row=min(programs, key.n // block))
 
 

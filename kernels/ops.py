@@ -135,7 +135,7 @@ def _soft_topk_backward(
     eps_value: float,
     mask: torch.Tensor | None,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     config = _resolve("soft_topk", "backward", scores, impl)
     mask = None if mask is None else _unit_columns(mask)
     grad, scores = _unit_columns(grad), _unit_columns(scores)
@@ -145,7 +145,7 @@ def _soft_topk_backward(
 def _soft_topk_backward_registered(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A registered operator returns tensors: an empty one where eps is a number."""
     dscores, dk, deps = _soft_topk_backward(*arguments)
-    return dscores, dk, dk.new_empty(0) if arguments[3] is None else deps
+    return dscores, dk, dk.new_empty(0) if deps is None or arguments[3] is None else deps
 
 
 def _coordinate_descent(
