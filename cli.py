@@ -45,8 +45,10 @@ OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # copies of what lies in modules that import torch; a test holds them together
 OPS = ("soft_topk", "coordinate_descent")
+KINDS = (*OPS, "relaxed_topk")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 EFFORTS = ("quick", "full")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MEASURED_OPS = ("soft_topk", "coordinate_descent", "copy", "softmax", "topk", "budget_sparsemax")
 
 EXTRA = "pip install 'coordroute[tune]'"
@@ -271,13 +273,16 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(_shape(part.strip()) for part in text.split(",")))
 
 
-def _measured_ops(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        if name not in MEASURED_OPS:
-            allowed = ", ".join(MEASURED_OPS)
-            raise argparse.ArgumentTypeError(f"it is {text!r}, which names {name!r}; allowed are, with commas, {allowed}")
-    return names
+def _some_of(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+        for name in names:
+            if name not in allowed:
+                names_allowed = ", ".join(allowed)
+                raise argparse.ArgumentTypeError(f"it is {text!r}, which names {name!r}; allowed are, with commas, {names_allowed}")
+        return names
+
+    return parse
 
 
 def _reference(text: str) -> str:
@@ -290,9 +295,10 @@ def _reference(text: str) -> str:
 EXAMPLES = """\
 one example each:
   coordroute autotune                        tune this machine's GPU, or else its CPU
-  coordroute verify --examples 100           check values and gradients against float64
+  coordroute verify --examples 1000          check values and gradients against float64
   coordroute benchmark --peers               measure against torch and other packages
-  coordroute report --input report           render the JSON files of the three above
+  coordroute sanitize                        look for invalid accesses and races on the GPU
+  coordroute report --input report           render the JSON files of the first three
   coordroute configs --explain 1024x8192     which configuration serves such a call
   coordroute env                             what a bug report needs
 
@@ -320,20 +326,26 @@ status is 1 where a default failed its check or nothing could be tuned."""
 
 VERIFY = """\
 Checks an implementation against float64: values, gradients, certificates of
-optimality, determinism and more.
+optimality, determinism, streams and graphs, and more.
 
 Without --op it checks coordroute's own operators. With --op and --kind it checks a
 function of yours, called as
 
   soft_topk           f(scores, k, eps=..., mask=...)
   coordinate_descent  f(scores, k, n_iters=..., eps=..., eps_init=...,
-                        eps_decay=..., mask=...)
+                        eps_decay=..., mask=..., checkpoint_segments=...)
+  relaxed_topk        f(scores, k, mask=...), weights in [0, 1] that sum to k, of
+                        any other objective: judged by its own float64 run
 
 with scores [rows, n], k a number or a tensor [rows], eps of soft_topk likewise, and
 mask bool [rows, n] (True = valid), which is only passed where it masks something. It
-returns the weights [rows, n] and is differentiable.
+returns the weights [rows, n] and is differentiable. mask and checkpoint_segments may
+be left out of its signature; what needs them is then not run.
 
-Each failure is printed with code that reproduces it; the exit status is then 1."""
+First come facets, kinds of input that differ from plain ones in one thing (lengths,
+masks, strides, k near the number of valid entries, ...), so that a failure says what
+it hangs on; then rows of all of them at once. Each failure is printed with code that
+reproduces it on the smallest input that was found; the exit status is then 1."""
 
 BENCHMARK = """\
 Measures our operators, forward and backward, beside torch.softmax, torch.topk, a
@@ -348,9 +360,27 @@ are ratios within this run, in float32; bfloat16 stands beside them. A target th
 run has no figures for is not measured, and says why. A missed target is no failure of
 the command. --shapes and --only ask for less."""
 
+SANITIZE = """\
+Runs NVIDIA's compute-sanitizer over every launch configuration that serves this GPU:
+forward and backward, with and without masks, at whole and odd lengths, and the
+heuristic where the files have nothing of a kind.
+
+  memcheck   accesses out of bounds or misaligned
+  racecheck  hazards in shared memory
+  initcheck  reads of memory that nobody has written
+  synccheck  barriers that not all threads reach
+
+Each tool must also see a fault that was planted for it. A tool that did not end in
+time is reported as not finished, never as clean. The exit status is 1 where a tool
+found an error or is not clean, 2 where there is no compute-sanitizer."""
+
 REPORT = """\
 Renders the JSON files of autotune, verify and benchmark to pages that a person
-reads, and prints the paths of what it wrote. Needs no GPU."""
+reads, and prints the paths of what it wrote. Needs no GPU.
+
+Beside them may lie sanitize.json, and mutants.json and false-alarms.json as
+tests/mutation/run.py writes them. verify-*.json, which verify --op wrote of other
+implementations, become a page of their own: property by property, side by side."""
 
 CONFIGS = """\
 Shows which configuration files are searched for this device, which entries they
@@ -433,12 +463,16 @@ def _parser() -> argparse.ArgumentParser:
         "  coordroute verify --op mypackage.ops:my_topk --kind soft_topk\n",
     )
     add_device(one)
-    text = "batches drawn for each operator and dtype, on top of a fixed sweep (default: %(default)s)"
-    one.add_argument("--examples", metavar="N", type=_whole(1), default=25, help=text)
+    text = "rows drawn for each operator and dtype, beside up to 48 of each facet (default: %(default)s)"
+    one.add_argument("--examples", metavar="N", type=_whole(1), default=1000, help=text)
     one.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of all draws (default: %(default)s)")
     text = "a function to check instead of ours; the current directory is importable"
     one.add_argument("--op", metavar="MODULE:FUNCTION", type=_reference, help=text)
-    one.add_argument("--kind", choices=OPS, help="what --op computes")
+    one.add_argument("--kind", choices=KINDS, help="what --op computes")
+    text = "begin nothing more after so long (default: no limit)"
+    one.add_argument("--seconds", metavar="N", type=_whole(1), help=text)
+    text = f"check these dtypes alone, of {', '.join(DTYPES)}"
+    one.add_argument("--dtypes", metavar="DTYPE,...", type=_some_of(DTYPES), default=DTYPES, help=text)
     add_json(one)
 
     one = add(
@@ -456,17 +490,36 @@ def _parser() -> argparse.ArgumentParser:
     text = "measure these shapes instead of the device's fixed list"
     one.add_argument("--shapes", metavar="ROWSxN,...", type=_shapes, help=text)
     text = f"measure these operators alone, of {', '.join(MEASURED_OPS)}"
-    one.add_argument("--only", metavar="OP,...", type=_measured_ops, help=text)
+    one.add_argument("--only", metavar="OP,...", type=_some_of(MEASURED_OPS), help=text)
+    add_json(one)
+
+    one = add(
+        "sanitize",
+        _sanitize,
+        "look for invalid accesses and races with NVIDIA's compute-sanitizer",
+        SANITIZE,
+        "  coordroute sanitize\n"
+        "  coordroute sanitize --device cuda:0 --tools memcheck,initcheck --json sanitize.json\n"
+        "  coordroute sanitize --sanitizer /usr/local/cuda/bin/compute-sanitizer --seconds 600\n",
+    )
+    one.add_argument("--device", metavar="DEVICE", help="cuda or cuda:INDEX (default: the current GPU)")
+    text = f"run these alone, of {', '.join(SANITIZERS)} (default: all)"
+    one.add_argument("--tools", metavar="TOOL,...", type=_some_of(SANITIZERS), default=SANITIZERS, help=text)
+    text = "how long it may take, all in all (default: %(default)s)"
+    one.add_argument("--seconds", metavar="N", type=_whole(1), default=240, help=text)
+    text = "the compute-sanitizer to run (default: of PATH, CUDA_HOME, or a package of NVIDIA's)"
+    one.add_argument("--sanitizer", metavar="PATH", help=text)
+    one.add_argument("--self-check", action="store_true", help=argparse.SUPPRESS)
     add_json(one)
 
     one = add(
         "report",
         _report,
-        "render the JSON files of the three above",
+        "render the JSON files of autotune, verify and benchmark",
         REPORT,
         "  coordroute report\n  coordroute report --input reports/nvidia-h100-80gb-hbm3 --output site\n",
     )
-    text = "folder with autotune.json, verify.json or benchmark.json (default: %(default)s)"
+    text = "folder with autotune.json, verify.json, benchmark.json or verify-*.json (default: %(default)s)"
     one.add_argument("--input", metavar="DIR", default="report", help=text)
     one.add_argument("--output", metavar="DIR", default="report", help="folder to write to (default: %(default)s)")
 
@@ -808,10 +861,26 @@ def _imported(reference: str) -> Callable[..., Any]:
     return found
 
 
+def _distribution(reference: str) -> str | None:
+    """The distribution behind ``MODULE:FUNCTION`` and its version, such as "entmax 1.3"; None for what was not installed.
+
+    A module of adapters says by a table ``DISTRIBUTIONS``, function -> distribution, for what they stand.
+    """
+    module, _, function = reference.partition(":")
+    said = getattr(sys.modules.get(module), "DISTRIBUTIONS", {}).get(function)
+    package = module.partition(".")[0]
+    if said is None and package == "coordroute":
+        return f"coordroute {__version__}"
+    for name in [said] if said is not None else metadata.packages_distributions().get(package, []):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return f"{name} {metadata.version(name)}"
+    return None
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     if (arguments.op is None) != (arguments.kind is None):
         given, missing = ("--op", "--kind") if arguments.kind is None else ("--kind", "--op")
-        wanted = f"one of {', '.join(OPS)}" if missing == "--kind" else "MODULE:FUNCTION"
+        wanted = f"one of {', '.join(KINDS)}" if missing == "--kind" else "MODULE:FUNCTION"
         raise Problem(f"{given} is given without {missing}; allowed is both or neither ({missing} is {wanted})")
     if arguments.json != STDOUT:
         _need_rich()
@@ -827,10 +896,21 @@ def _verify(arguments: argparse.Namespace) -> int:
 
             targets: dict[str, Callable[..., Any]] = {"soft_topk": soft_topk, "coordinate_descent": coordinate_descent}
             where = {op: f"coordroute:{op}" for op in OPS}
+            variants = "coordroute.autotune.variants:variants"
         else:
             targets = {arguments.kind: _imported(arguments.op)}
-            where = {arguments.kind: arguments.op}
-        found = verify.run(targets, device=device, examples=arguments.examples, seed=arguments.seed, progress=progress, where=where)
+            where, variants = {arguments.kind: arguments.op}, None
+        found = verify.run(
+            targets,
+            device=device,
+            examples=arguments.examples,
+            seed=arguments.seed,
+            progress=progress,
+            dtypes=arguments.dtypes,
+            seconds=arguments.seconds,
+            where=where,
+            variants=variants,
+        )
     evidence = {
         "schema": 1,
         "command": "verify",
@@ -838,40 +918,31 @@ def _verify(arguments: argparse.Namespace) -> int:
         "versions": devices.versions(),
         "date": _now(),
         "target": arguments.op or "coordroute",
+        "target_version": _distribution(arguments.op or "coordroute:soft_topk"),
         **found,
     }
     _finish(arguments, evidence, lambda: _show_verify(evidence))
     return OK if evidence["ok"] else CHECK_FAILED
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
-
-
 def _show_verify(evidence: dict[str, Any]) -> Iterator[str]:
-    columns = [
-        ("property", "left"),
-        ("dtype", "left"),
-        ("cases", "right"),
-        ("left out", "right"),
-        ("worst error / bound", "right"),
-        ("worst family", "fold"),
-        ("verdict", "left"),
-    ]
-    yield f"{evidence['target']} on {evidence['device']['name']}, seed {evidence['seed']}, {evidence['examples']} examples"
-    styles = {"pass": "green", "fail": "bold red"}
     rows = evidence["properties"]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    yield f"{evidence['target']} on {evidence['device']['name']}, seed {evidence['seed']}, {evidence['examples']} examples"
+    yield "A cell is the worst row: how much of the error that is allowed it has. Rows are those compared, in all dtypes."
     for op in dict.fromkeys(row["op"] for row in rows):
-        shown: list[list[Cell]] = []
+        columns = [("property", "left"), *((dtype, "right") for dtype in dtypes), ("rows", "right"), ("left out", "right")]
+        found: dict[str, dict[str, dict[str, Any]]] = {}
         for row in rows:
             if row["op"] == op:
-                # JSON has no infinity: an error that fails and is no number is not finite
-                error = "inf" if row["worst_error"] is None and row["verdict"] == "fail" else _figure(row["worst_error"])
-                figures = f"{error} / {_figure(row['bound'])}"
-                said: Cell = (row["verdict"], styles.get(row["verdict"], "yellow"))
-                counts = [str(row["cases"]), str(row["left_out"])]
-                shown.append([row["property"], row["dtype"], *counts, figures, row["worst_family"] or "-", said])
+                found.setdefault(row["property"], {})[row["dtype"]] = row
+        shown: list[list[Cell]] = []
+        for name, of in found.items():
+            compared, left_out = sum(row["cases"] for row in of.values()), sum(row["left_out"] for row in of.values())
+            share = f"{left_out / (left_out + compared):.2%}" if left_out else "-"
+            shown.append([name, *(_verdict_cell(of.get(dtype)) for dtype in dtypes), str(compared), share])
         yield _table(f"\n{op}", columns, shown)
+        yield from _show_facets([row for row in evidence["facets"] if row["op"] == op])
     told = {(failure["op"], failure["property"], failure["dtype"]) for failure in evidence["failures"]}
     reasons: dict[tuple[str, str, str, str], list[str]] = {}
     for row in rows:
@@ -880,16 +951,50 @@ def _show_verify(evidence: dict[str, Any]) -> Iterator[str]:
             reasons.setdefault(what, []).append(row["dtype"])
     if reasons:
         yield ""
-    for (verdict, op, name, reason), dtypes in reasons.items():
-        yield f"{verdict}: {op}, {name} ({', '.join(dtypes)}): {reason}"
+    for (verdict, op, name, reason), some in reasons.items():
+        yield f"{verdict}: {op}, {name} ({', '.join(some)}): {reason}"
+    shown_code: set[tuple[str, str]] = set()
     for failure in evidence["failures"]:
         yield f"\nFAILED: {failure['message']}"
-        if failure["reproducer"]:
+        # other dtypes of the same failure are in the JSON
+        if failure["reproducer"] and (failure["op"], failure["property"]) not in shown_code:
+            shown_code.add((failure["op"], failure["property"]))
             yield f"This code reproduces it:\n\n{failure['reproducer']}"
     verdicts = Counter(row["verdict"] for row in rows)
     summary = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("pass", "fail", "not run") if verdicts[verdict])
     whole = "All hold" if evidence["ok"] else "Not all hold"
     yield f"\n{whole}: {summary or 'nothing was checked'} ({_duration(evidence['seconds'])})"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _verdict_cell(row: dict[str, Any] | None) -> Cell:
+    if row is None or row["verdict"] == "not run":
+        return ("-", "dim")
+    if row["verdict"] == "fail":
+        return ("FAILS", "bold red")
+    ratio = row["worst_ratio"]
+    return ("exact" if not ratio else f"{ratio:.2g}", "green")
+
+
+def _show_facets(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What fails on which kind of input, and what was not run."""
+    failing: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for name in row["failed"]:
+            failing.setdefault(row["facet"], {}).setdefault(name, []).append(row["dtype"])
+    if failing:
+        every = list(dict.fromkeys(row["dtype"] for row in rows))
+        lines: list[list[Cell]] = []
+        for facet, of in failing.items():
+            parts = [name if dtypes == every else f"{name} ({', '.join(dtypes)})" for name, dtypes in of.items()]
+            lines.append([facet, "; ".join(parts)])
+        yield _table("fails on", [("facet", "left"), ("properties", "fold")], lines)
+    reasons = {(row["facet"], row["reason"], row["verdict"]) for row in rows if row["reason"] and row["verdict"] != "fail"}
+    for facet, reason, verdict in sorted(reasons):
+        yield f"{verdict if verdict == 'not run' else 'cut short'}: {facet}: {_one_line(reason)}"
 
 
 # --- benchmark -------------------------------------------------------------------------------------------------------
@@ -1008,6 +1113,57 @@ def _show_targets(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     judged = [row["met"] for row in rows if row["met"] is not None]
     others = len(rows) - len(judged)
     yield f"\nTargets: {sum(judged)} met, {len(judged) - sum(judged)} missed, {others} not measured or without a limit"
+
+
+# --- sanitize --------------------------------------------------------------------------------------------------------
+
+
+def _sanitize(arguments: argparse.Namespace) -> int:
+    if arguments.json != STDOUT:
+        _need_rich()
+    _check_json(arguments)
+    _check_environment()
+    from .autotune import sanitize
+
+    try:
+        sanitizer = sanitize.find(arguments.sanitizer)
+    except sanitize.NotFound as error:
+        raise Problem(_one_line(error)) from error
+    device = _device(arguments.device)
+    if device.type != "cuda":
+        what = "there is no GPU here" if arguments.device is None else f"--device is {arguments.device!r}"
+        raise Problem(f"{what}; compute-sanitizer looks at kernels on NVIDIA GPUs: cuda or cuda:INDEX")
+    with _working(arguments) as progress:
+        evidence = sanitize.run(device, sanitizer, arguments.tools, arguments.seconds, progress, arguments.self_check)
+    _finish(arguments, evidence, lambda: _show_sanitize(evidence))
+    return OK if evidence["ok"] else CHECK_FAILED
+
+
+def _show_sanitize(evidence: dict[str, Any]) -> Iterator[str]:
+    version = evidence["versions"]["compute-sanitizer"]
+    yield f"{evidence['device']['name']}, compute-sanitizer {version}, {_duration(evidence['seconds'])}"
+    columns = [("tool", "left"), ("launches of", "left"), ("checked", "right"), ("errors", "right"), ("verdict", "left")]
+    styles = {"clean": "green", "errors": "bold red", "not finished": "yellow"}
+    shown: list[list[Cell]] = []
+    for tool in evidence["tools"]:
+        seen = tool["sees_planted_fault"]
+        shown.append([tool["tool"], "a planted fault", "", "", ("seen", "green") if seen else ("not seen", "bold red")])
+        for group in tool["groups"]:
+            counts = f"{group['launches']} of {group['planned']}"
+            verdict = group["verdict"] if seen else "not finished"
+            shown.append([tool["tool"], group["group"], counts, str(group["errors"]), (verdict, styles[verdict])])
+    yield _table("", columns, shown)
+    for tool in evidence["tools"]:
+        reasons = [f"{group['group']}: {group['reason']}" for group in tool["groups"] if group["reason"]]
+        for reason in reasons if tool["sees_planted_fault"] else [tool["reason"]]:
+            yield f"{tool['tool']}: {_one_line(reason)}"
+        for report in tool["reports"]:
+            yield f"\n{tool['tool']}, {report['group']}:\n{report['text']}"
+        if tool["cases"]:
+            yield f"{tool['tool']} has errors at\n" + "\n".join(f"  {case}" for case in tool["cases"])
+    verdicts = Counter(tool["verdict"] for tool in evidence["tools"])
+    if not evidence["self_check"]:
+        yield "\n" + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

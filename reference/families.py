@@ -36,20 +36,22 @@ class Family:
         sentence: what it is, for a person.
         draw: (generator, n) -> Row.
         regular: False where the family holds NaN or infinite entries, or rows in which nothing is valid.
+        masked: whether its rows have entries that are masked.
     """
 
     name: str
     sentence: str
     draw: Callable[[np.random.Generator, int], Row]
     regular: bool = True
+    masked: bool = False
 
 
 FAMILIES: dict[str, Family] = {}
 
 
-def _family(name: str, sentence: str, regular: bool = True) -> Callable[[Any], Any]:
+def _family(name: str, sentence: str, regular: bool = True, masked: bool = False) -> Callable[[Any], Any]:
     def register(draw: Callable[[np.random.Generator, int], Row]) -> Callable[[np.random.Generator, int], Row]:
-        FAMILIES[name] = Family(name, sentence, draw, regular)
+        FAMILIES[name] = Family(name, sentence, draw, regular, masked)
         return draw
 
     return register
@@ -137,7 +139,7 @@ def _offset(rng: np.random.Generator, n: int) -> Row:
     return Row(rng.standard_normal(n) + rng.choice([-1000.0, 1000.0]), _all(n), _some_k(rng, n))
 
 
-@_family("ragged mask", "a padded sequence: a valid head of any length, NaN in the padding")
+@_family("ragged mask", "a padded sequence: a valid head of any length, NaN in the padding", masked=True)
 def _ragged(rng: np.random.Generator, n: int) -> Row:
     length = int(rng.integers(1, n + 1)) if n else 0
     scores = rng.standard_normal(n)
@@ -146,13 +148,30 @@ def _ragged(rng: np.random.Generator, n: int) -> Row:
     return Row(scores, valid, _some_k(rng, max(length, 1)))
 
 
-@_family("holes", "a mask with holes")
+@_family("holes", "a mask with holes", masked=True)
 def _holes(rng: np.random.Generator, n: int) -> Row:
     valid = rng.random(n) < 0.6
     return Row(rng.standard_normal(n), valid, _some_k(rng, n))
 
 
-@_family("all masked", "nothing is valid", regular=False)
+def _beside_the_valid(rng: np.random.Generator, n: int, beside: tuple[float, ...]) -> Row:
+    valid = rng.random(n) < 0.6
+    if n:
+        valid[rng.integers(n)] = True
+    return Row(rng.standard_normal(n), valid, max(0.01, float(valid.sum()) + float(rng.choice(beside))))
+
+
+@_family("k near the valid", "a mask with holes, and a budget at or just below the number of valid entries", masked=True)
+def _near_the_valid(rng: np.random.Generator, n: int) -> Row:
+    return _beside_the_valid(rng, n, (-1.0, -0.25, 0.0))
+
+
+@_family("k beyond the valid", "a mask with holes, and a budget above the number of valid entries", masked=True)
+def _beyond_the_valid(rng: np.random.Generator, n: int) -> Row:
+    return _beside_the_valid(rng, n, (0.25, 1.0, 10.0))
+
+
+@_family("all masked", "nothing is valid", regular=False, masked=True)
 def _all_masked(rng: np.random.Generator, n: int) -> Row:
     return Row(rng.standard_normal(n), np.zeros(n, bool), _some_k(rng, n))
 
@@ -176,21 +195,37 @@ def _infinite(rng: np.random.Generator, n: int) -> Row:
 LAYOUTS = ("contiguous", "transposed", "strided", "padded rows")
 """Memory layouts of a batch: the same values, other strides."""
 
+MARGIN = 64
+"""Entries of NaN (or True) on both sides of every input; a multiple of what vector loads are aligned to."""
+
+
+def within(values: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous, with a margin of NaN (or True) on both sides, so that a stray read or write shows."""
+    flat = torch.full((values.numel() + 2 * MARGIN,), _filler(values), dtype=values.dtype, device=values.device)
+    inside = flat[MARGIN : MARGIN + values.numel()].view(values.shape)
+    inside.copy_(values)
+    return inside
+
 
 def laid_out(values: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same [R, n] values in another memory layout; what lies between is NaN (or True), so that a stray read shows."""
-    if layout == "contiguous":
-        return values.contiguous()
-    if layout == "transposed":
-        return values.t().contiguous().t()
+    """The same [R, n] values in another memory layout; what lies between and around is NaN (or True)."""
     rows, n = values.shape
-    filler = torch.nan if values.is_floating_point() else True
+    if layout == "contiguous":
+        return within(values)
+    if layout == "transposed":
+        return within(values.t()).t()
     if layout == "strided":
-        out = torch.full((rows, max(2 * n, 1)), filler, dtype=values.dtype, device=values.device)[:, ::2][:, :n]
-    elif layout == "padded rows":
-        out = torch.full((rows, n + 3), filler, dtype=values.dtype, device=values.device)[:, :n]
-    else:
-        raise ValueError(f"layout is {layout!r}; allowed are {', '.join(LAYOUTS)}")
+        return _column_slice(values, within(values.new_full((rows, max(2 * n, 1)), _filler(values)))[:, ::2][:, :n])
+    if layout == "padded rows":
+        return _column_slice(values, within(values.new_full((rows, n + 3), _filler(values)))[:, :n])
+    raise ValueError(f"layout is {layout!r}; allowed are {', '.join(LAYOUTS)}")
+
+
+def _filler(values: torch.Tensor) -> float | bool:
+    return torch.nan if values.is_floating_point() else True
+
+
+def _column_slice(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     out.copy_(values)
     return out
 

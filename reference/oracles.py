@@ -237,22 +237,28 @@ def soft_topk_truth(s: Any, k: Any, eps: Any, mask: Any | None = None, g: Any | 
     # a score this near to tau may be taken for saturated or not: its own gradient comes or goes, and gbar moves with it
     near = np.isfinite(rows.s) & inner[:, None] & (np.abs(z) <= 16.0 * unit * (1.0 + np.abs(offset) / eps_rows)[:, None])
     jump = np.where(near, np.abs(g - gbar[:, None]), 0.0)
-    part = near | free
     left = np.where(near, 0.0, weight).sum(axis=1)
+    # a whole number of entries saturated, and a gap behind them: what rounding leaves of the budget lies on any of the others
+    spare = 4.0 * unit
+    whole = near.any(axis=1) & (left <= spare)
+    part = near | free | (whole[:, None] & np.isfinite(rows.s) & inner[:, None] & (d < 0))
     # gbar is a mean of g whatever is saturated
     span = np.where(part, g, -np.inf).max(axis=1, initial=-np.inf) - np.where(part, g, np.inf).min(axis=1, initial=np.inf)
     little = left < 1e-6 * safe  # the jump of gbar is lost in the rounding of g - gbar
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         shift = np.where(little, np.inf, jump.sum(axis=1) / left)
     shift = np.where(near.any(axis=1), np.minimum(shift, np.maximum(span, 0.0)), 0.0)
-    # where the others' mass is below what float32 holds nothing is left, and dk is 0
-    slack_k = np.where(near.any(axis=1) & (left < 1e-37), np.maximum(shift, np.abs(gbar)), shift)
+    # there nothing may be left, and dk is 0
+    largest = np.where(part, np.abs(g), 0.0).max(axis=1, initial=0.0)
+    slack_k = np.where(whole, np.maximum(shift, largest), shift)
     # scores that are equal are saturated together: then the others alone see gbar move
     highest = np.where(near, rows.s, -np.inf).max(axis=1, initial=-np.inf)
     lowest = np.where(near, rows.s, np.inf).min(axis=1, initial=np.inf)
     moved = np.where(part & ~(near & (highest == lowest)[:, None]), lam, 0.0) * shift[:, None]
-    slack_s = _norm((jump + moved) / eps_rows[:, None])
-    slack_eps = (np.abs(d) * (jump + moved)).sum(axis=1) / eps_rows**2
+    spared = np.where(whole, spare * 2.0 * largest, 0.0) / eps_rows
+    slack_s = _norm((jump + moved) / eps_rows[:, None]) + spared
+    farthest = np.where(part, np.abs(d), 0.0).max(axis=1, initial=0.0)
+    slack_eps = (np.abs(d) * (jump + moved)).sum(axis=1) / eps_rows**2 + farthest * spared / eps_rows
     row_nan = np.where(rows.nan, np.nan, 0.0)
     return Truth(
         lam, anchor + offset, grad_s + row_nan[:, None], gbar + row_nan, grad_eps + row_nan,

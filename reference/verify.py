@@ -1,20 +1,14 @@
-"""The verification suite: any implementation of the two operators against float64, on whatever device it runs.
+"""The verification suite: any implementation of a differentiable top-k against float64, on whatever device it runs.
 
     from coordroute.reference import verify
-    report = verify.run({"soft_topk": my_soft_topk}, device="cuda", examples=25, seed=0)
+    report = verify.run({"soft_topk": my_soft_topk}, device="cuda", examples=1000, seed=0)
 
-An implementation is called as
+How an implementation is called, and what is measured, is in :mod:`properties`; what it is called on is in :mod:`cases`.
+:func:`run` goes through the facets (kinds of input that differ from plain ones in one thing), then through rows that hypothesis
+draws from all of them at once, and says which property fails on which facet. A counterexample is shrunk to few and short rows.
 
-    soft_topk(scores, k, eps=..., mask=...)
-    coordinate_descent(scores, k, n_iters=..., eps=..., eps_init=..., eps_decay=..., mask=...)
-
-with scores [R, n], k a number or a tensor [R], eps of soft_topk likewise, and mask bool [R, n] (True = valid), which is only
-passed where a row has an entry that does not count. It returns lam [R, n] and is differentiable.
-
-A :class:`Case` is a batch of rows of named families; it is small, hashable, and its ``repr`` is code that makes it again.
-:func:`examine` runs one case and measures every property of every row against its bound. :func:`run` lets hypothesis draw
-cases; batches are drawn rather than rows, for a launch each row would be too slow on a GPU, and a failing case is shrunk to few
-and short rows. Nothing here imports a kernel.
+The work is cut into parts, one operator, dtype and facet each, that run side by side in processes. One that crashes its process, or
+hangs, or leaves the GPU in an error, fails its own part and no other.
 """
 
 from __future__ import annotations
@@ -22,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -30,486 +25,77 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from . import compare, families, oracles
-from .certificate import certify
-from .oracles import Array, Truth
+from . import cases, compare, families
+from .cases import DTYPES, FACETS, KINDS, Case, draw, proof_cases
+from .oracles import Array
+from .properties import (
+    ALWAYS,
+    EVERY,
+    EXECUTION,
+    PROOF,
+    PROPERTIES,
+    Finding,
+    Target,
+    accepts,
+    examine,
+    execution_case,
+    judge,
+)
 
-Target = Callable[..., torch.Tensor]
+__all__ = ["DTYPES", "KINDS", "PROPERTIES", "Case", "Finding", "check", "check_candidate", "draw", "examine", "proof_cases", "run"]
+
 Progress = Callable[[int, int, str, float | None], None]
 """Called with (total, done, text, seconds left or None)."""
 
-KINDS = ("soft_topk", "coordinate_descent")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-SLACK_SHARE, TERMS = 0.1, 16.0
-"""A row counts as left out of a gradient comparison where its kinks alone may move the gradient by more than this share of it,
-or of the terms of which it is the sum: at a small eps they may all but cancel. The oracle's running error is some 16 roundings
-of each term."""
-
-SHRINK_SECONDS, SHRINK_SECONDS_IN_ALL = 15.0, 60.0
-"""How long one counterexample, and all of an operator and dtype, are shrunk."""
-
-PROPERTIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "runs": ("it returns a tensor of the scores' shape, dtype and device, and gradients, without an error", KINDS),
-    "values": ("lam against the float64 oracle", KINDS),
-    "grad scores": ("the gradient of the scores against the float64 oracle", KINDS),
-    "grad k": ("the gradient of a tensor k against the float64 oracle", KINDS),
-    "grad eps": ("the gradient of a tensor eps against the float64 oracle", ("soft_topk",)),
-    "box": ("0 <= lam <= 1, and 0 where masked", KINDS),
-    "budget": ("sum lam = k", ("soft_topk",)),
-    "stationarity": ("s - eps log lam is one number where 0 < lam < 1, not above s where lam = 1", ("soft_topk",)),
-    "duality gap": ("the dual value equals the primal one", ("soft_topk",)),
-    "replays bitwise": ("the same call twice gives the same bits, values and gradients", KINDS),
-    "inputs untouched": ("no input is written to", KINDS),
-    "row alone": ("a row does not depend on the rows beside it", KINDS),
-    "permutation": ("permuted scores give permuted weights", KINDS),
-    "masked tail": ("appended masked entries change nothing", KINDS),
-    "scale": ("lam(2 s, 2 eps) = lam(s, eps)", KINDS),
+SHRINK_SECONDS, SHRINK_SECONDS_IN_ALL = 8.0, 40.0
+"""How long one counterexample, and all of a run, are shrunk."""
+HANG_SECONDS = 120.0
+"""A process that has not said anything for so long is taken to hang: a batch takes seconds, with compilation."""
+SHARD_ROWS = 4000
+"""Rows of one part; more are cut up, so that processes share them."""
+EXECUTION_FACET, VARIANTS_FACET = "execution", "variants"
+"""Two facets that are no kind of input: how it runs, and launches other than the one that serves a call."""
+SENTENCES = {
+    **{name: facet.sentence for name, facet in FACETS.items() if name != "everything"},
+    EXECUTION_FACET: "streams, graphs, replays and registration, on one batch",
+    VARIANTS_FACET: "every launch configuration in the search space of a few lengths, on the cases of a proof",
+    "everything": FACETS["everything"].sentence,
 }
-"""What is checked: name -> (sentence, operators)."""
+"""What is run, in this order: what says most about a failure comes first."""
+VARIANT_SHARES = 6
+"""Parts that share the other launches."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A batch of rows and how the operator is called on it.
-
-    Attributes:
-        op: "soft_topk" or "coordinate_descent".
-        dtype: of the scores, such as "float32".
-        n: length of the rows.
-        rows: (family, seed) of every row.
-        eps: temperature; of coordinate descent the final one.
-        n_iters, eps_init, eps_decay: of coordinate descent.
-        tensor_k: k as a tensor, one value a row; else every row has the first one's k, as a number.
-        tensor_eps: likewise for eps of soft_topk; the values differ from row to row.
-        layout: how the scores lie in memory, one of ``families.LAYOUTS``.
-    """
-
-    op: str
-    dtype: str = "float32"
-    n: int = 1
-    rows: tuple[tuple[str, int], ...] = (("normal", 0),)
-    eps: float = 0.1
-    n_iters: int = 20
-    eps_init: float | None = None
-    eps_decay: float = 1.0
-    tensor_k: bool = True
-    tensor_eps: bool = False
-    layout: str = "contiguous"
-
-    def schedule(self) -> dict[str, Any]:
-        if self.op == "soft_topk":
-            return {}
-        return {"n_iters": self.n_iters, "eps_init": self.eps_init, "eps_decay": self.eps_decay}
+# --- one case --------------------------------------------------------------------------------------------------------
 
 
-class Inputs(NamedTuple):
-    """A case drawn: float64 arrays that hold exactly what the dtypes of the call can hold."""
-
-    s: Array  # [R, n]
-    valid: families.BoolArray  # [R, n]
-    k: Array  # [R]
-    eps: Array  # [R]
-    g: Array  # [R, n], the gradient of lam
-
-
-class Found(NamedTuple):
-    """What an implementation returned, in float64; None for a gradient that does not exist."""
-
-    lam: Array
-    grad_scores: Array
-    grad_k: Array | None
-    grad_eps: Array | None
-
-
-@dataclass
-class Finding:
-    """One property measured on one case.
-
-    Attributes:
-        name: the property.
-        error: [R].
-        bound: [R]: the property holds for a row where error <= bound.
-        left_out: [R], rows that were not compared.
-        message: what happened, where a number does not say it.
-    """
-
-    name: str
-    error: Array
-    bound: Array
-    left_out: families.BoolArray
-    message: str = ""
-
-    @property
-    def ratio(self) -> Array:
-        """error / bound, [R]; 0 for rows that were left out, inf where anything but 0 is too much."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = np.where(self.error > 0, self.error / self.bound, 0.0)
-        return np.where(self.left_out, 0.0, np.where(np.isnan(found), np.inf, found))
-
-    @property
-    def worst(self) -> int:
-        return int(np.argmax(self.ratio))
-
-    @property
-    def holds(self) -> bool:
-        return bool((self.ratio <= 1.0).all())
-
-    def to_text(self) -> str:
-        if self.message:
-            return f"{self.name}: {self.message}"
-        at = self.worst
-        verdict = "holds" if self.holds else "FAILS"
-        return f"{self.name}: {verdict}; worst row {at}: error {self.error[at]:.3g}, bound {self.bound[at]:.3g}"
-
-
-def _rounded(values: Array, dtype: torch.dtype) -> Array:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).to(torch.float64).numpy()
-
-
-def draw(case: Case) -> Inputs:
-    """The arrays of a case."""
-    dtype = getattr(torch, case.dtype)
-    compute = compare.compute_dtype(dtype)
-    made = [families.FAMILIES[name].draw(np.random.default_rng([seed, case.n]), case.n) for name, seed in case.rows]
-    s = _rounded(np.stack([row.scores for row in made]), dtype)
-    valid = np.stack([row.valid for row in made])
-    k = np.array([row.k for row in made])
-    if not case.tensor_k:
-        k = np.full_like(k, k[0])
-    rng = np.random.default_rng([seed for _, seed in case.rows])
-    eps = np.full_like(k, case.eps)
-    if case.tensor_eps:
-        eps = case.eps * rng.uniform(0.5, 2.0, len(k))
-    # a large gradient at what does not count: it must have no part in anything
-    g = np.where(valid & (s > -np.inf), rng.standard_normal(s.shape), 100.0)
-    return Inputs(s, valid, _rounded(k, compute), _rounded(eps, compute) if case.tensor_eps else eps, _rounded(g, dtype))
-
-
-# --- the truth of a case ---------------------------------------------------------------------------------------------
-
-
-def truth_of(case: Case, inputs: Inputs) -> Truth:
-    """The float64 oracle's answer to a case."""
-    unit = compare.roundoff(compare.compute_dtype(getattr(torch, case.dtype)))
-    s, valid, k, eps, g = inputs
-    if case.op == "soft_topk":
-        return oracles.soft_topk_truth(s, k, eps, valid, g, unit)
-    count = (valid & (s > -np.inf)).sum(axis=1)
-    budget = np.minimum(k, count) if case.tensor_k else k
-    truth = oracles.coordinate_descent_truth(s, budget, eps=case.eps, mask=valid, g=g, unit=unit, **case.schedule())
-    if case.tensor_k and truth.grad_k is not None:
-        # k was clamped: there is nothing to differentiate beyond
-        truth = replace(truth, grad_k=np.where(k > count, 0.0 * truth.grad_k, truth.grad_k))
-    return truth
-
-
-def _call(
-    target: Target, case: Case, inputs: Inputs, device: torch.device, dtype: torch.dtype, layout: str, grad: bool = True
-) -> tuple[torch.Tensor, list[torch.Tensor | None], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """(lam, gradients of scores, k and eps, and every input beside a copy of it from before the call)."""
-    compute = compare.compute_dtype(dtype)
-
-    def tensor(values: Any, kind: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(kind).to(device)
-
-    scores = families.laid_out(tensor(inputs.s, dtype), layout).detach().requires_grad_(grad)
-    k: Any = tensor(inputs.k, compute).requires_grad_(grad) if case.tensor_k else float(inputs.k[0])
-    eps: Any = tensor(inputs.eps, compute).requires_grad_(grad) if case.tensor_eps else case.eps
-    extra: dict[str, Any] = dict(case.schedule())
-    if not inputs.valid.all():
-        extra["mask"] = families.laid_out(tensor(inputs.valid, torch.bool), layout)
-    given = [value for value in (scores, k, eps, extra.get("mask")) if isinstance(value, torch.Tensor)]
-    copies = [value.detach().clone() for value in given]
-    _poison(scores)
-    lam = target(scores, k, eps=eps, **extra)
-    if not isinstance(lam, torch.Tensor):
-        raise TypeError(f"it returned a {type(lam).__name__}, not a tensor")
-    if lam.shape != scores.shape or lam.dtype != dtype or lam.device != scores.device:
-        raise TypeError(
-            f"it returned {tuple(lam.shape)} {lam.dtype} on {lam.device} for {tuple(scores.shape)} {dtype} on {scores.device}"
-        )
-    gradients: list[torch.Tensor | None] = [None, None, None]
-    if grad:
-        leaves = [value for value in (scores, k, eps) if isinstance(value, torch.Tensor)]
-        _poison(scores)
-        made = iter(torch.autograd.grad(lam, leaves, tensor(inputs.g, dtype)))
-        gradients = [next(made) if isinstance(value, torch.Tensor) else None for value in (scores, k, eps)]
-    return lam.detach(), gradients, [(one.detach(), copy) for one, copy in zip(given, copies, strict=True)]
-
-
-def _poison(like: torch.Tensor) -> None:
-    """Leaves NaN in the memory that an allocation of this size is likely to get next."""
-    spoiled = [torch.full(like.shape, torch.nan, dtype=like.dtype, device=like.device) for _ in range(2)]
-    del spoiled
-
-
-def _numpy(value: torch.Tensor | None) -> Array | None:
-    return None if value is None else value.detach().to("cpu", torch.float64).numpy()
-
-
-def _found(lam: torch.Tensor, gradients: list[torch.Tensor | None]) -> Found:
-    values = _numpy(lam)
-    scores, k, eps = (_numpy(gradient) for gradient in gradients)
-    if values is None or scores is None:
-        raise TypeError("there is no gradient of the scores")
-    return Found(values, scores, k, eps)
-
-
-class _Plain(NamedTuple):
-    """Errors of plain torch in the working precision, each [R]."""
-
-    value: Array
-    scores: Array
-    k: Array
-    eps: Array
-
-
-def _plain_errors(case: Case, inputs: Inputs, truth: Truth) -> _Plain:
-    plain = oracles.soft_topk_torch if case.op == "soft_topk" else oracles.coordinate_descent_torch
-    count = (inputs.valid & (inputs.s > -np.inf)).sum(axis=1)
-    clamped = inputs._replace(k=np.minimum(inputs.k, count)) if case.tensor_k else inputs
-    compute = compare.compute_dtype(getattr(torch, case.dtype))
-    lam, gradients, _ = _call(plain, case, clamped, torch.device("cpu"), compute, "contiguous")
-    none = np.zeros(len(inputs.k))
-
-    def error(found: torch.Tensor | None, wanted: Array | None) -> Array:
-        return none if found is None or wanted is None else compare.row_errors(found.to(torch.float64).numpy(), wanted)
-
-    scores, k, eps = gradients
-    of_k = np.where(clamped.k < inputs.k, 0.0, error(k, truth.grad_k))  # a clamped k: exactly 0 is asked for
-    return _Plain(error(lam, truth.lam), error(scores, truth.grad_scores), of_k, error(eps, truth.grad_eps))
-
-
-class _Judged(NamedTuple):
-    inputs: Inputs
-    truth: Truth
-    plain: _Plain
-
-
-@functools.lru_cache(maxsize=64)
-def _judge(case: Case) -> _Judged:
-    """Inputs, truth and yardstick of a case; kept, since the candidates of a search are judged on the same cases."""
-    inputs = draw(case)
-    truth = truth_of(case, inputs)
-    return _Judged(inputs, truth, _plain_errors(case, inputs, truth))
-
-
-# --- the properties of a case ----------------------------------------------------------------------------------------
-
-
-def examine(target: Target, case: Case, device: torch.device | str = "cpu", longest: int | None = None) -> list[Finding]:
-    """Measures every property of every row of a case.
+def check(target: Target, case: Case, device: torch.device | str = "cpu", only: tuple[str, ...] | None = None) -> None:
+    """For a test: raises where an implementation does not hold to every property on a case.
 
     Args:
-        target: the implementation, called as the module says.
-        case: what to run it on.
-        device: where.
-        longest: the longest rows that the implementation takes; None is any. "masked tail" makes rows of n + 3.
+        target: called as :mod:`properties` says.
+        case: such as :func:`cases.strategy` draws.
+        device: where it runs.
+        only: names of the properties to check; None is all that the case comes to.
 
-    Returns:
-        The findings. An implementation that raises has one: "runs".
+    Raises:
+        AssertionError: names the property, the row, the error and its bound, and the case as code.
     """
-    inputs, truth, plain = _judge(case)
-    at, dtype = torch.device(device), getattr(torch, case.dtype)
-    none, nobody = np.zeros(len(case.rows)), np.zeros(len(case.rows), bool)
-    try:
-        lam, gradients, given = _call(target, case, inputs, at, dtype, case.layout)
-        again, more, _ = _call(target, case, inputs, at, dtype, case.layout)
-        found = _found(lam, gradients)
-        moved = list(_moved(target, case, inputs, at, longest))
-    except Exception as raised:
-        text = f"it raised {type(raised).__name__}: {' '.join(str(raised).split())[:300]}"
-        return [Finding("runs", none + np.inf, none, nobody, text)]
-    findings = [Finding("runs", none, none, nobody)]
-    value_bound = compare.bound(plain.value, truth.error_lam, compare.storage_floor(truth.lam, dtype), dtype)
-    findings.append(Finding("values", compare.row_errors(found.lam, truth.lam), value_bound, nobody))
-    findings += _gradients(found, truth, plain, dtype)
-    findings += _certificate(case, inputs, found.lam, dtype)
-    differ = _differ(lam, again, gradients, more)
-    findings.append(Finding("replays bitwise", differ, none, nobody))
-    findings.append(Finding("inputs untouched", _touched(given, len(case.rows)), none, nobody))
-    for name, row, other in moved:
-        # both are within the bound of the same truth
-        error = compare.row_errors(other, found.lam[row])
-        findings.append(Finding(name, _spread(error, row, len(none)), 2.0 * value_bound, nobody))
-    return findings
-
-
-def _spread(error: Array, row: Any, count: int) -> Array:
-    full = np.zeros(count)
-    full[row] = error
-    return full
-
-
-def _gradients(found: Found, truth: Truth, plain: _Plain, dtype: torch.dtype) -> Iterator[Finding]:
-    compute = compare.compute_dtype(dtype)
-    table = (
-        ("grad scores", found.grad_scores, truth.grad_scores, plain.scores, truth.error_scores, truth.slack_scores, dtype),
-        ("grad k", found.grad_k, truth.grad_k, plain.k, truth.error_k, truth.slack_k, compute),
-        ("grad eps", found.grad_eps, truth.grad_eps, plain.eps, truth.error_eps, truth.slack_eps, compute),
-    )
-    for name, mine, wanted, yardstick, error, slack, stored in table:
-        if mine is None or wanted is None:
-            continue
-        size = np.abs(wanted) if wanted.ndim == 1 else np.sqrt(np.sum(wanted * wanted, axis=1))
-        scale = np.maximum(np.nan_to_num(size), error / TERMS)
-        left_out = (slack > SLACK_SHARE * scale) & (slack > 0)
-        limit = compare.bound(yardstick, error, compare.storage_floor(wanted, stored), dtype) + np.where(left_out, 0.0, slack)
-        yield Finding(name, compare.row_errors(mine, wanted, stored), limit, left_out)
-
-
-def _certificate(case: Case, inputs: Inputs, lam: Array, dtype: torch.dtype) -> Iterator[Finding]:
-    """Feasibility, and for the exact solver optimality, from the scores and the answer alone."""
-    nobody = np.zeros(len(case.rows), bool)
-    rows = oracles.rows_of(inputs.s, inputs.k, inputs.eps, inputs.valid)
-    found = certify(inputs.s, lam, inputs.k, inputs.eps, inputs.valid)
-    none = np.zeros(len(case.rows))
-    known = ~rows.nan
-
-    def error(values: Array) -> Array:
-        return np.where(known, np.where(np.isnan(values), np.inf, values), 0.0)
-
-    yield Finding("box", error(found.box), none, nobody)
-    if case.op != "soft_topk":
-        return
-    unit, stored = compare.roundoff(compare.compute_dtype(dtype)), torch.finfo(dtype)
-    smallest = stored.tiny * (1.0 if dtype in (torch.float32, torch.float64) else stored.eps)
-    clean = np.nan_to_num(lam)
-    free = (clean > 0) & (clean < 1) & np.isfinite(rows.s)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(free, np.abs(np.log(np.where(free, clean, 1.0))), 0.0)
-        # relative error of an entry: exp and its argument, the threshold, storage, and what lies below the normal range
-        relative = np.where(free, unit * (16.0 + z) + stored.eps / 2 + smallest / np.where(free, clean, 1.0), 0.0)
-    # storing rounds to 1 what is a little below it: the lowest of the saturated, to within that
-    ones = (clean >= 1) & np.isfinite(rows.s)
-    lowest = np.where(ones, rows.s, np.inf).min(axis=1, initial=np.inf)
-    width = stored.eps * np.where(rows.nan, 1.0, rows.eps)
-    with np.errstate(invalid="ignore"):
-        rounded = ones & (rows.s <= (lowest + width)[:, None])
-    storage = np.where(rounded, stored.eps / 2, np.where(free, 0.0, smallest) * rows.valid).sum(axis=1)
-    total = clean.sum(axis=1)
-    summing = 2.0**-53 * total * (2.0 + math.log2(max(case.n, 1)))  # of the certificate itself, pairwise in float64
-    limit = (clean * relative).sum(axis=1) + storage + unit * np.minimum(total, 1.0) + summing
-    yield Finding("budget", error(found.budget), limit, nobody)
-    resolved = free & (clean >= CERTIFIED)
-    mass = np.where(resolved, clean, 0.0).sum(axis=1)
-    mean = np.where(mass > 0, np.where(resolved, clean * relative, 0.0).sum(axis=1) / np.where(mass > 0, mass, 1.0), 0.0)
-    most = np.where(resolved, relative, 0.0).max(axis=1, initial=0.0)
-    # lam = 1 is also what rounding makes of an entry a little below it; float64 itself rounds s and tau
-    with np.errstate(invalid="ignore"):
-        scores = np.where(np.isfinite(rows.s), np.abs(rows.s), 0.0).max(axis=1, initial=0.0)
-    own = 2.0**-50 * scores / np.where(rows.nan, 1.0, rows.eps)
-    slope = most + mean + stored.eps + 16.0 * unit + own
-    yield Finding("stationarity", error(found.stationarity), slope, nobody)
-    # the gap is second order in the relative errors: eps lam d²/2 an entry; below the normal range lam itself is lost
-    lost = rows.valid.sum(axis=1) * (smallest + CERTIFIED * 2.0**-40)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = (np.where(free, clean * (relative + mean[:, None]) ** 2, 0.0).sum(axis=1) + lost) / np.maximum(rows.k, 1e-300)
-        edge = rounded.sum(axis=1) * slope**2 / np.maximum(rows.k, 1e-300)
-    cancel = own * rows.valid.sum(axis=1) / np.maximum(rows.k, 1e-300)
-    yield Finding("duality gap", np.abs(error(found.duality_gap)), terms + edge + cancel + 2.0**-40, nobody)
-
-
-CERTIFIED = 1e-6
-"""Entries of lam below it have no part in stationarity (see :func:`certificate.certify`)."""
-
-
-def _bits(value: torch.Tensor) -> torch.Tensor:
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return value.detach().contiguous().view(kinds[value.element_size()])
-
-
-def _differ(lam: torch.Tensor, again: torch.Tensor, one: list[torch.Tensor | None], two: list[torch.Tensor | None]) -> Array:
-    """The number of entries of every row whose bits differ, [R]."""
-    count = torch.zeros(lam.shape[0], dtype=torch.int64)
-    for a, b in ((lam, again), *zip(one, two, strict=True)):
-        if a is not None and b is not None:
-            count += (_bits(a) != _bits(b)).reshape(lam.shape[0], -1).sum(dim=1).cpu()
-    return count.to(torch.float64).numpy()
-
-
-def _touched(given: list[tuple[torch.Tensor, torch.Tensor]], rows: int) -> Array:
-    count = torch.zeros(rows, dtype=torch.int64)
-    for after, before in given:
-        count += (_bits(after) != _bits(before)).reshape(rows, -1).sum(dim=1).cpu()
-    return count.to(torch.float64).numpy()
-
-
-def _moved(
-    target: Target, case: Case, inputs: Inputs, device: torch.device, longest: int | None
-) -> Iterator[tuple[str, Any, Array]]:
-    """The operator on transformed input, brought back: (property, row or rows it speaks of, lam)."""
-    dtype = getattr(torch, case.dtype)
-    rng = np.random.default_rng(len(case.rows))
-
-    def lam(changed: Inputs, as_case: Case = case) -> Array:
-        found, _, _ = _call(target, as_case, changed, device, dtype, "contiguous", grad=False)
-        return found.to("cpu", torch.float64).numpy()
-
-    everything = slice(None)
-    if len(case.rows) > 1:
-        one = slice(len(case.rows) - 1, len(case.rows))
-        s, valid, k, eps, g = inputs
-        alone = lam(Inputs(s[one], valid[one], k[one], eps[one], g[one]), replace(case, rows=case.rows[one]))
-        yield "row alone", one, alone
-    order = rng.permutation(case.n)
-    back = np.argsort(order)
-    yield "permutation", everything, lam(inputs._replace(s=inputs.s[:, order], valid=inputs.valid[:, order]))[:, back]
-    if longest is None or case.n + 3 <= longest:
-        tail = np.full((len(case.rows), 3), 1e4)
-        longer = inputs._replace(s=np.hstack([inputs.s, tail]), valid=np.hstack([inputs.valid, np.zeros(tail.shape, bool)]))
-        yield "masked tail", everything, lam(longer)[:, : case.n]
-    with np.errstate(over="ignore"):
-        doubled = inputs._replace(s=2.0 * inputs.s, eps=2.0 * inputs.eps)
-    # a power of two is exact where nothing leaves the range of the dtype
-    limit = torch.finfo(dtype)
-    size = np.abs(doubled.s[np.isfinite(inputs.s) & (inputs.s != 0)])
-    if (size <= limit.max).all() and (size >= 4 * limit.tiny).all():
-        first = None if case.eps_init is None else 2.0 * case.eps_init
-        yield "scale", everything, lam(doubled, replace(case, eps=2.0 * case.eps, eps_init=first))
-
-
-# --- one configuration of the autotuner ------------------------------------------------------------------------------
-
-
-PROOF_ELEMENTS = 1 << 20
-"""Entries of a batch of a proof, at most."""
-
-
-def proof_cases(op: str, dtype: str, n: int, seed: int) -> list[Case]:
-    """The cases on which a launch configuration for rows of ``n`` scores is proved.
-
-    Lengths n, and n - 3 with a mask and tensors for k and eps; every family where the batch has room for it. The batch has as
-    many rows as there are families, or fewer where rows are very long.
-    """
-    names = list(families.FAMILIES)
-    plain = [name for name in names if families.FAMILIES[name].regular and name not in ("ragged mask", "holes")]
-    room = max(2, min(len(names), PROOF_ELEMENTS // max(n, 1)))
-    schedule: dict[str, Any] = {"eps": 0.1}
-    if op == "coordinate_descent":
-        schedule = {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7, "n_iters": 20}
-
-    def chosen(pool: list[str]) -> tuple[tuple[str, int], ...]:
-        return tuple((pool[i % len(pool)], seed + i) for i in range(room))
-
-    exact = op == "soft_topk"
-    return [
-        Case(op, dtype, n, chosen(plain), tensor_k=False, **schedule),
-        Case(op, dtype, max(1, n - 3), chosen(names), tensor_k=True, tensor_eps=exact, **schedule),
-    ]
+    for finding in examine(target, case, device, only=only):
+        if not finding.holds:
+            raise AssertionError(f"{finding.to_text()} ({PROPERTIES[finding.name].sentence}); on {case!r}")
 
 
 def check_candidate(
     target: Target, op: str, *, device: torch.device | str, dtype: torch.dtype, n: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Proves one launch configuration: values and gradients of the cases of :func:`proof_cases`.
+    """Proves one launch configuration: values and gradients of the cases of :func:`cases.proof_cases`.
 
     Args:
         target: the operator launched with that configuration.
@@ -525,14 +111,14 @@ def check_candidate(
     """
     names = {"values": "value", "grad scores": "grad_scores", "grad k": "grad_k"}
     worst: dict[str, tuple[float, float, float]] = {}
-    cases = 0
+    compared = 0
     used: set[str] = set()
     failure = ""
     replays = True
     for case in proof_cases(op, str(dtype).removeprefix("torch."), n, seed):
-        cases += len(case.rows)
+        compared += len(case.rows)
         used |= {family for family, _ in case.rows}
-        for finding in examine(target, case, device, longest=n):
+        for finding in examine(target, case, device, longest=n, only=PROOF):
             if not finding.holds and not failure:
                 failure = f"{finding.to_text()} (n = {case.n}, family {case.rows[finding.worst][0]})"
             replays = replays and not (finding.name == "replays bitwise" and not finding.holds)
@@ -543,7 +129,7 @@ def check_candidate(
     return {
         "ok": not failure,
         "reason": failure,
-        "cases": cases,
+        "cases": compared,
         "families": sorted(used),
         "max_error": {short: worst[name][1] if name in worst else None for name, short in names.items()},
         "bound": {short: worst[name][2] if name in worst else None for name, short in names.items()},
@@ -552,14 +138,14 @@ def check_candidate(
     }
 
 
-# --- the suite -------------------------------------------------------------------------------------------------------
+# --- what was seen ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Tally:
-    """What was seen of one property, operator and dtype."""
+    """What was seen of one property."""
 
-    cases: int = 0
+    rows: int = 0
     left_out: int = 0
     ratio: float = -1.0
     error: float | None = None
@@ -568,22 +154,27 @@ class _Tally:
 
     def add(self, finding: Finding, case: Case) -> None:
         out = int(finding.left_out.sum())
-        self.left_out += out
-        self.cases += len(case.rows) - out
         at = finding.worst
-        ratio = float(finding.ratio[at])
-        if ratio > self.ratio and not finding.left_out[at]:
-            self.ratio, self.error, self.bound = ratio, float(finding.error[at]), float(finding.bound[at])
-            self.family = case.rows[at][0]
+        one = _Tally(len(case.rows) - out, out)
+        if not finding.left_out[at]:
+            one.ratio, one.error, one.bound = float(finding.ratio[at]), float(finding.error[at]), float(finding.bound[at])
+            one.family = case.rows[at][0]
+        self.merge(one)
+
+    def merge(self, other: _Tally) -> None:
+        self.rows += other.rows
+        self.left_out += other.left_out
+        if other.ratio > self.ratio:
+            self.ratio, self.error, self.bound, self.family = other.ratio, other.error, other.bound, other.family
 
     @property
     def share(self) -> float:
-        return self.left_out / max(self.left_out + self.cases, 1)
+        return self.left_out / max(self.left_out + self.rows, 1)
 
 
 @dataclass
 class _Failure:
-    """The smallest counterexample so far."""
+    """A counterexample; ``text`` stands for the finding where there is none, as of a process that died."""
 
     case: Case
     finding: Finding
@@ -592,56 +183,170 @@ class _Failure:
         return len(self.case.rows), self.case.n
 
 
-class _Enough(BaseException):
-    """Shrinking has taken long enough; not an Exception, so that hypothesis passes it on."""
+class _Part(NamedTuple):
+    """One operator, dtype and facet of a run."""
+
+    op: str
+    dtype: str
+    facet: str
+    where: str
+    variants: str
+    device: str
+    rows: int
+    seed: int
+    longest: int
+    share: int = 0
 
 
-def _sweep(op: str, dtype: str, most: int) -> list[Case]:
-    """Every family at a few lengths: what no draw may leave out."""
-    names = tuple((name, 1000 + i) for i, name in enumerate(families.FAMILIES))
-    published: dict[str, Any] = {}
-    if op == "coordinate_descent":
-        published = {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
-    plan = ((1, "contiguous"), (33, "transposed"), (257, "strided"), (min(1000, most), "padded rows"))
-    return [Case(op, dtype, n, names, tensor_eps=op == "soft_topk" and n != 33, layout=layout, **published) for n, layout in plan]
+class _Shrink(NamedTuple):
+    """A counterexample that is to be made smaller."""
+
+    part: _Part
+    failure: _Failure
+    seconds: float
 
 
-def strategy(op: str, dtype: str, most: int) -> Any:
-    """A hypothesis strategy of cases; the simplest is one normal row of length 1."""
-    from hypothesis import strategies as st
+@dataclass
+class _Outcome:
+    """What a part came to."""
 
-    row = st.tuples(st.sampled_from(list(families.FAMILIES)), st.integers(0, 1 << 16))
-    schedules: Any = st.just({})
-    if op == "coordinate_descent":
-        schedules = st.sampled_from(
-            [
-                {"n_iters": 20, "eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7},
-                {"n_iters": 1, "eps": 0.1},
-                {"n_iters": 5, "eps": 0.1},
-                {"n_iters": 50, "eps": 0.1, "eps_init": 1.0, "eps_decay": 0.9},
-                {"n_iters": 12, "eps": 0.5},
-            ]
-        )
+    tallies: dict[str, _Tally] = field(default_factory=dict)
+    failures: dict[str, _Failure] = field(default_factory=dict)
+    errors: dict[str, list[Array]] = field(default_factory=dict)  # quantity -> [2, rows], ulps of it and of plain torch
+    rows: int = 0
+    batches: int = 0
+    reason: str = ""  # why it was not run, or ended early
+    seconds: float = 0.0
+    ended: float = 0.0  # time.time()
 
-    def build(
-        n: int, rows: list[tuple[str, int]], eps: float, schedule: dict[str, Any], tensor_k: bool, tensor_eps: bool, layout: str
-    ) -> Case:
-        made = Case(op, dtype, n, tuple(rows), eps, tensor_k=tensor_k, tensor_eps=tensor_eps and op == "soft_topk", layout=layout)
-        return replace(made, **schedule)
+    def add(self, finding: Finding, case: Case) -> None:
+        self.tallies.setdefault(finding.name, _Tally()).add(finding, case)
+        if finding.ulps is not None and finding.plain_ulps is not None:
+            both = np.stack([finding.ulps, finding.plain_ulps])[:, ~finding.left_out]
+            self.errors.setdefault(finding.name, []).append(both[:, np.isfinite(both).all(axis=0)])
+        if not finding.holds:
+            found = _Failure(case, finding)
+            if finding.name not in self.failures or found.size() < self.failures[finding.name].size():
+                self.failures[finding.name] = found
 
-    return st.builds(
-        build,
-        st.sampled_from(families.lengths(most)),
-        st.lists(row, min_size=1, max_size=16),
-        st.sampled_from([0.1, 0.03, 0.5, 1.0, 1e-3, 1e-6]),
-        schedules,
-        st.booleans(),
-        st.booleans(),
-        st.sampled_from(families.LAYOUTS),
-    )
+    def merge(self, other: _Outcome) -> None:
+        for name, tally in other.tallies.items():
+            self.tallies.setdefault(name, _Tally()).merge(tally)
+        for name, found in other.failures.items():
+            # facets come simplest first: the first counterexample says most
+            self.failures.setdefault(name, found)
+        for name, arrays in other.errors.items():
+            self.errors.setdefault(name, []).extend(arrays)
+        self.rows += other.rows
+        self.batches += other.batches
+        self.seconds += other.seconds
+        self.ended = max(self.ended, other.ended)
 
 
-def _explore(op: str, dtype: str, most: int, examples: int, seed: int, shrink: bool, test: Callable[[Case], None]) -> None:
+class _Broken(Exception):
+    """The GPU is in an error that only a new process ends."""
+
+
+def _check_context(device: torch.device) -> None:
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise _Broken(f"the GPU was left in an error: {' '.join(str(error).split())[:200]}") from error
+
+
+# --- running a part --------------------------------------------------------------------------------------------------
+
+Say = Callable[[str, int, Case | None], None]
+"""Called with (what is done, rows done since, the case that is run next)."""
+
+
+def _run_part(part: _Part, target: Target, say: Say) -> _Outcome:
+    device, outcome, begin = torch.device(part.device), _Outcome(), time.monotonic()
+    text = f"{part.op} {part.dtype}, {part.facet}"
+    # what ran is said so that a crash names its case
+    say(text, 0, None)
+    try:
+        if part.facet == VARIANTS_FACET:
+            _run_variants(part, device, outcome, say)
+        elif part.facet == EXECUTION_FACET:
+            case = execution_case(part.op, part.dtype)
+            say(text, 0, case)
+            _examine_into(outcome, target, case, device, EXECUTION)
+        else:
+            _run_facet(part, target, device, outcome, say)
+    except _Broken as error:
+        outcome.reason = str(error)
+    judge.cache_clear()
+    outcome.seconds, outcome.ended = time.monotonic() - begin, time.time()
+    return outcome
+
+
+def _examine_into(outcome: _Outcome, target: Target, case: Case, device: torch.device, only: tuple[str, ...] | None) -> None:
+    for finding in examine(target, case, device, only=only):
+        outcome.add(finding, case)
+    outcome.rows += len(case.rows)
+    outcome.batches += 1
+    if any(name in outcome.failures for name in ("runs", "guard bands")):
+        _check_context(device)
+
+
+def _run_facet(part: _Part, target: Target, device: torch.device, outcome: _Outcome, say: Say) -> None:
+    text = f"{part.op} {part.dtype}, {part.facet}"
+    if part.facet == "segments" and not accepts(target, "checkpoint_segments"):
+        outcome.reason = "it takes no checkpoint_segments"
+        return
+    try:
+        drawn = cases.strategy(part.op, part.dtype, part.longest, part.facet, accepts(target, "mask"), full=True)
+    except ValueError as error:
+        outcome.reason = str(error)
+        return
+
+    def note(case: Case) -> None:
+        say(text, 0, case)
+        # the first batch, and one in so many of the others, for what needs further oracles
+        whole = outcome.batches % EVERY == 0 and part.facet != "long rows"
+        _examine_into(outcome, target, case, device, None if whole else ALWAYS)
+        say(text, len(case.rows), None)
+
+    seed = part.seed
+    batch = {"everything": cases.BATCH_ROWS, "long rows": 2}.get(part.facet, cases.FACET_ROWS)
+    while outcome.rows < part.rows:
+        before = outcome.rows
+        _explore(drawn, math.ceil((part.rows - before) / batch) + 1, seed, False, _but_the_first(note))
+        seed += 1 << 32
+        if outcome.rows == before:  # hypothesis has nothing new to draw
+            break
+
+
+def _but_the_first(test: Callable[[Case], None]) -> Callable[[Case], None]:
+    """Hypothesis begins with the simplest example, which is one row over and over."""
+    calls = itertools.count()
+
+    def skipping(case: Case) -> None:
+        if next(calls):
+            test(case)
+
+    return skipping
+
+
+def _run_variants(part: _Part, device: torch.device, outcome: _Outcome, say: Say) -> None:
+    """Every launch configuration of a few lengths, each held to the truth: so all of them agree."""
+    names = ("values", "grad scores", "grad k", "grad eps", "replays bitwise", "guard bands")
+    every = _imported(part.variants)(part.op, part.dtype, part.device)
+    for name, n, target in itertools.islice(every, part.share, None, VARIANT_SHARES):
+        text = f"{part.op} {part.dtype}, {name}"
+        for case in proof_cases(part.op, part.dtype, n, part.seed):
+            say(text, 0, case)
+            for finding in examine(target, case, device, only=names):
+                found = replace(finding, name="variants", message=f"{name}: {finding.to_text()}" if not finding.holds else "")
+                outcome.add(found, case)
+            outcome.rows += len(case.rows)
+            outcome.batches += 1
+        _check_context(device)
+
+
+def _explore(strategy: Any, examples: int, seed: int, shrink: bool, test: Callable[[Case], None]) -> None:
     """Calls ``test`` on drawn cases; with ``shrink``, on ever smaller ones once it has raised."""
     import hypothesis
     from hypothesis import HealthCheck, Phase
@@ -659,27 +364,38 @@ def _explore(op: str, dtype: str, most: int, examples: int, seed: int, shrink: b
         print_blob=False,
         verbosity=hypothesis.Verbosity.quiet,
     )
-    @hypothesis.given(strategy(op, dtype, most))
+    @hypothesis.given(strategy)
     def drawn(case: Case) -> None:
         test(case)
 
     drawn()
 
 
+# --- shrinking -------------------------------------------------------------------------------------------------------
+
+
 class _Violation(Exception):
     """A property fails on a case."""
 
 
-def _shrunk(target: Target, device: torch.device, first: _Failure, most: int, examples: int, seed: int, seconds: float) -> _Failure:
+class _Enough(BaseException):
+    """Shrinking has taken long enough; not an Exception, so that hypothesis passes it on."""
+
+
+def _shrunk(task: _Shrink, target: Target, say: Say) -> _Failure:
     """The smallest counterexample to one property that can be found in the time there is."""
-    name, best, until = first.finding.name, first, time.monotonic() + seconds
+    part, best, device = task.part, task.failure, torch.device(task.part.device)
+    name, until = best.finding.name, time.monotonic() + task.seconds
+    text = f"shrinking a counterexample to {name!r} of {part.op} {part.dtype}"
 
     def fails(case: Case) -> bool:
         nonlocal best
         if time.monotonic() > until:
             raise _Enough
-        finding = next((one for one in examine(target, case, device) if one.name == name and not one.holds), None)
+        say(text, 0, case)
+        finding = next((one for one in examine(target, case, device, only=(name,)) if one.name == name and not one.holds), None)
         if finding is None:
+            _check_context(device)
             return False
         found = _Failure(case, finding)
         if found.size() <= best.size():
@@ -690,28 +406,31 @@ def _shrunk(target: Target, device: torch.device, first: _Failure, most: int, ex
         if fails(case):
             raise _Violation
 
+    first = best.case
     try:
         # the worst row alone is nearly always enough, else it and a neighbour; then ever shorter ones of its kind
-        rows, at = first.case.rows, first.finding.worst
-        for part in (rows[at : at + 1], rows[max(at - 1, 0) : at + 1], rows[at : at + 2]):
-            if fails(replace(first.case, rows=part)):
+        rows, at = first.rows, best.finding.worst
+        for some in (rows[at : at + 1], rows[max(at - 1, 0) : at + 1], rows[at : at + 2]):
+            if fails(replace(first, rows=some)):
                 break
         for n in families.lengths(best.case.n)[:-1]:
             if fails(replace(best.case, n=n)):
                 break
-        fails(replace(best.case, layout="contiguous"))
-        fails(replace(best.case, tensor_eps=False))
-        fails(replace(best.case, tensor_k=False))
+        plainer: tuple[dict[str, Any], ...] = ({"layout": "contiguous"}, {"grad": "dense"}, {"segments": None})
+        for simpler in (*plainer, {"tensor_eps": False}, {"tensor_k": False}):
+            fails(replace(best.case, **simpler))
         for family in ("normal", "uniform"):
             if fails(replace(best.case, rows=((family, 0),) * len(best.case.rows))):
                 break
-        _explore(first.case.op, first.case.dtype, most, examples, seed, True, test)
-    except (_Violation, _Enough):
+        if part.facet in FACETS:
+            drawn = cases.strategy(part.op, part.dtype, part.longest, part.facet, accepts(target, "mask"))
+            _explore(drawn, 20, part.seed, True, test)
+    except (_Violation, _Enough, _Broken, ValueError):
         pass
     return best
 
 
-def _reproducer(name: str, where: str, case: Case, device: torch.device) -> str:
+def _reproducer(name: str, where: str, case: Case, device: str) -> str:
     module, _, attribute = where.partition(":")
     return "\n".join(
         (
@@ -719,7 +438,7 @@ def _reproducer(name: str, where: str, case: Case, device: torch.device) -> str:
             "from coordroute.reference import verify",
             "",
             f"case = verify.{case!r}",
-            f"for finding in verify.examine({attribute}, case, {str(device)!r}):",
+            f"for finding in verify.examine({attribute}, case, {device!r}, only=({name!r},)):",
             f"    if finding.name == {name!r}:",
             "        print(finding.to_text())",
             "print(verify.draw(case))  # the scores, what is valid, k, eps and the gradient of lam",
@@ -727,60 +446,21 @@ def _reproducer(name: str, where: str, case: Case, device: torch.device) -> str:
     )
 
 
-class _Part(NamedTuple):
-    """One operator and dtype of a run."""
+# --- processes -------------------------------------------------------------------------------------------------------
 
-    op: str
-    dtype: str
-    where: str
-    device: torch.device
-    examples: int
-    seed: int
-    most: int
-
-    @property
-    def steps(self) -> int:
-        return self.examples + len(_sweep(self.op, self.dtype, self.most))
+Task = _Part | _Shrink
+Result = _Outcome | _Failure
 
 
-class _Outcome(NamedTuple):
-    properties: list[dict[str, Any]]
-    failures: list[dict[str, Any]]
+def _perform(task: Task, target: Target, say: Say) -> Result:
+    return _shrunk(task, target, say) if isinstance(task, _Shrink) else _run_part(task, target, say)
 
 
-def _run_part(part: _Part, target: Target, say: Callable[[str, int], None]) -> _Outcome:
-    """Sweeps, draws and shrinks; calls ``say`` with (what is done, steps done since)."""
-    op, dtype = part.op, part.dtype
-    tallies: dict[str, _Tally] = {}
-    failures: dict[str, _Failure] = {}
-
-    def note(case: Case) -> None:
-        for finding in examine(target, case, part.device):
-            tallies.setdefault(finding.name, _Tally()).add(finding, case)
-            if not finding.holds:
-                found = _Failure(case, finding)
-                if finding.name not in failures or found.size() < failures[finding.name].size():
-                    failures[finding.name] = found
-        say(f"{op} {dtype}", 1)
-
-    for case in _sweep(op, dtype, part.most):
-        note(case)
-    _explore(op, dtype, part.most, part.examples, part.seed, False, note)
-    shrunk = []
-    until = time.monotonic() + SHRINK_SECONDS_IN_ALL
-    for name, first in failures.items():
-        say(f"shrinking a counterexample to {name!r} of {op} {dtype}", 0)
-        seconds = min(SHRINK_SECONDS, until - time.monotonic())
-        smallest = _shrunk(target, part.device, first, part.most, part.examples, part.seed, seconds)
-        shrunk.append(_failure(part, name, smallest))
-    _judge.cache_clear()
-    rows = [
-        _property(part, name, tallies.get(name, _Tally()), failures.get(name)) for name, (_, ops) in PROPERTIES.items() if op in ops
-    ]
-    return _Outcome(rows, shrunk)
+def _part_of(task: Task) -> _Part:
+    return task.part if isinstance(task, _Shrink) else task
 
 
-def _imported(where: str) -> Target:
+def _imported(where: str) -> Any:
     module, _, attribute = where.partition(":")
     found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
     if not callable(found):
@@ -788,9 +468,19 @@ def _imported(where: str) -> Target:
     return found
 
 
-def _serve(part: _Part, pipe: Any) -> None:
-    """A part in a process of its own."""
-    pipe.send(_run_part(part, _imported(part.where), lambda text, steps: pipe.send((text, steps))))
+def _serve(pipe: Any) -> None:
+    """A process that performs one task after another; it ends where the GPU was left in an error."""
+    torch.set_num_threads(1)  # processes share the cores: the oracles must not all use all of them
+    while (task := pipe.recv()) is not None:
+        result = _perform(task, _imported(_part_of(task).where), lambda *what: pipe.send(what))
+        broken = False
+        try:
+            _check_context(torch.device(_part_of(task).device))
+        except _Broken:
+            broken = True
+        pipe.send(result)
+        if broken:
+            break
     pipe.close()
 
 
@@ -807,166 +497,402 @@ def _without_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _in_processes(parts: list[_Part], workers: int, say: Callable[[str, int], None]) -> list[_Outcome]:
-    """Runs parts side by side: on a GPU most of the time goes into compiling. A process that dies fails its own part."""
-    context = multiprocessing.get_context("spawn")
-    waiting = list(parts)
-    running: dict[multiprocessing.connection.Connection[Any, Any], tuple[_Part, Any]] = {}
-    outcomes: dict[_Part, _Outcome] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                part = waiting.pop(0)
-                mine, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_serve, args=(part, theirs), daemon=True)
-                with _without_interrupts():
-                    process.start()
-                theirs.close()
-                running[mine] = (part, process)
-            ready = multiprocessing.connection.wait(list(running))
-            for pipe in [pipe for pipe in running if pipe in ready]:
-                part, process = running[pipe]
-                try:
-                    message = pipe.recv()
-                except EOFError:
-                    process.join()
-                    outcomes.setdefault(part, _died(part, process.exitcode))
-                    del running[pipe]
-                    continue
-                if isinstance(message, _Outcome):
-                    outcomes[part] = message
-                else:
-                    say(*message)
-    finally:
-        for _, process in running.values():
-            process.kill()
-    return [outcomes[part] for part in parts]
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Any
+    task: Task | None = None
+    case: Case | None = None
+    heard: float = 0.0
 
 
-def _died(part: _Part, status: int | None) -> _Outcome:
-    message = f"{part.op} {part.dtype}: the process that ran it ended with exit status {status} before it was done"
-    rows = [_property(part, name, _Tally(), None) for name, (_, ops) in PROPERTIES.items() if part.op in ops]
-    for row in rows:
-        if row["property"] == "runs":
-            row["verdict"], row["reason"] = "fail", message
-    failure = {"op": part.op, "property": "runs", "dtype": part.dtype, "family": None, "error": None, "bound": None}
-    return _Outcome(rows, [failure | {"message": message, "reproducer": ""}])
+class _Pool:
+    """Performs tasks in this process, or in several; the result of one that dies or hangs says so."""
+
+    def __init__(self, targets: dict[str, Target], workers: int, say: Callable[[str, int], None]) -> None:
+        self.targets, self.count, self.say = targets, workers, say
+        self.workers: list[_Worker] = []
+
+    def perform(self, tasks: list[Task], stop: Callable[[Result], bool] = lambda result: False) -> list[Result | None]:
+        """The results, in the order of the tasks; None for those that were not begun since ``stop`` was true of a result."""
+        if self.count <= 1:
+            results: list[Result | None] = []
+            for task in tasks:
+                target = self.targets[_part_of(task).op]
+                results.append(_perform(task, target, lambda text, rows, case: self.say(text, rows)))
+                if stop(results[-1]):  # type: ignore[arg-type]
+                    break
+            return results + [None] * (len(tasks) - len(results))
+        found: dict[int, Result] = {}
+        waiting = list(range(len(tasks)))
+        assigned: dict[int, int] = {}
+        halted = False
+        while (waiting and not halted) or assigned:
+            while waiting and not halted and len(assigned) < self.count:
+                worker = self._idle()
+                number = waiting.pop(0)
+                worker.task, worker.case, worker.heard = tasks[number], None, time.monotonic()
+                assigned[id(worker)] = number
+                # one that died while it was idle is noticed below, where the end of its pipe is read
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    worker.pipe.send(tasks[number])
+            busy = [worker for worker in self.workers if id(worker) in assigned]
+            ready = multiprocessing.connection.wait([worker.pipe for worker in busy], timeout=1.0)
+            for worker in busy:
+                result = self._listen(worker) if worker.pipe in ready else self._watch(worker)
+                if result is not None:
+                    found[assigned.pop(id(worker))] = result
+                    worker.task = None
+                    halted = halted or stop(result)
+        return [found.get(number) for number in range(len(tasks))]
+
+    def _idle(self) -> _Worker:
+        for worker in self.workers:
+            if worker.task is None and worker.process.is_alive():
+                return worker
+        context = multiprocessing.get_context("spawn")
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        with _without_interrupts():
+            process.start()
+        theirs.close()
+        self.workers.append(_Worker(process, mine))
+        return self.workers[-1]
+
+    def _listen(self, worker: _Worker) -> Result | None:
+        try:
+            message = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            worker.process.join()
+            status = worker.process.exitcode
+            return self._lost(worker, f"the process that ran it ended with exit status {status} before it was done")
+        worker.heard = time.monotonic()
+        if isinstance(message, (_Outcome, _Failure)):
+            return message
+        text, rows, case = message
+        worker.case = case or worker.case
+        self.say(text, rows)
+        return None
+
+    def _watch(self, worker: _Worker) -> Result | None:
+        if time.monotonic() - worker.heard < HANG_SECONDS:
+            return None
+        worker.process.kill()
+        worker.process.join()
+        return self._lost(worker, f"it hangs: nothing was heard for {HANG_SECONDS:.0f} seconds")
+
+    def _lost(self, worker: _Worker, message: str) -> Result:
+        self.workers.remove(worker)
+        task = worker.task
+        if isinstance(task, _Shrink):
+            return task.failure
+        part = _part_of(task)  # type: ignore[arg-type]
+        case = worker.case or Case(part.op, part.dtype)
+        lost = np.full(len(case.rows), np.inf)
+        finding = Finding("runs", lost, np.zeros(len(lost)), np.zeros(len(lost), bool), message)
+        outcome = _Outcome(reason=message, ended=time.time())
+        outcome.add(finding, case)
+        return outcome
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.process.kill()
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes to run on: all cores but two, at most 8, on a GPU; this one on a CPU, whose kernels use all cores."""
-    return min(8, max(1, (os.cpu_count() or 2) - 2)) if device.type == "cuda" else 1
+    """Processes to run on: all cores but two, at most 14, on a GPU; this one on a CPU, whose kernels use all cores."""
+    return min(14, max(1, (os.cpu_count() or 2) - 2)) if device.type == "cuda" else 1
+
+
+# --- the suite -------------------------------------------------------------------------------------------------------
+
+
+def _parts(
+    targets: dict[str, Target],
+    named: dict[str, str],
+    device: torch.device,
+    examples: int,
+    seed: int,
+    dtypes: tuple[str, ...],
+    facets: tuple[str, ...],
+    longest: int,
+    variants: str | None,
+) -> list[_Part]:
+    found = []
+    # the facets of all come first: they say what a failure hangs on
+    of_facet = cases.FACET_ROWS * (3 if examples > cases.BATCH_ROWS else 2)
+    for facet in facets:
+        for op in (op for op in KINDS if op in targets):
+            if facet in FACETS and op not in FACETS[facet].kinds:
+                continue
+            if facet == VARIANTS_FACET and (variants is None or op == "relaxed_topk"):
+                continue
+            for dtype in dtypes:
+                rows, limit = of_facet, longest
+                if facet == "any length":
+                    rows = 2 * of_facet
+                elif facet in ("long rows", EXECUTION_FACET):
+                    rows = 8
+                elif facet == VARIANTS_FACET and dtype != dtypes[0]:
+                    continue  # the code is the same in every dtype, and every shipped configuration has its own proof
+                shards = [rows]
+                if facet == "everything":
+                    shards = [SHARD_ROWS] * (examples // SHARD_ROWS) + [examples % SHARD_ROWS] * (examples % SHARD_ROWS > 0)
+                elif facet == VARIANTS_FACET:
+                    shards = [rows] * VARIANT_SHARES
+                for number, share in enumerate(shards):
+                    begin = seed + (number << 40) * (facet == "everything")
+                    found.append(_Part(op, dtype, facet, named[op], variants or "", str(device), share, begin, limit, number))
+    # every operator and dtype gets its share early
+    return sorted(found, key=lambda part: (facets.index(part.facet), part.share))
 
 
 def run(
     targets: dict[str, Target],
     *,
     device: torch.device | str | None = None,
-    examples: int = 25,
+    examples: int = 1000,
     seed: int = 0,
     progress: Progress | None = None,
     dtypes: tuple[str, ...] = DTYPES,
     longest: int | None = None,
+    facets: tuple[str, ...] | None = None,
     where: dict[str, str] | None = None,
+    variants: str | None = None,
     workers: int | None = None,
+    first_failure: bool = False,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Runs the whole suite.
 
     Args:
-        targets: operator ("soft_topk", "coordinate_descent") -> the implementation to be judged.
+        targets: operator (one of ``KINDS``) -> the implementation to be judged.
         device: where; None is the current GPU where there is one, else the CPU.
-        examples: batches that hypothesis draws for each operator and dtype, on top of a fixed sweep over every family.
-        seed: of all draws; the same seed draws the same cases.
+        examples: rows that hypothesis draws for each operator and dtype from all facets at once, beside 32 to 48 of each facet.
+        seed: of all draws; the same seed draws the same cases where the same modules are loaded (hypothesis mixes in their
+            constants).
         progress: called with (total, done, text, seconds left or None).
         dtypes: of the scores.
-        longest: the longest rows drawn; None is 16385 on a GPU and 2049 on a CPU.
+        longest: the longest rows drawn; None is any on a GPU (1,000,003 in "long rows", 16,384 elsewhere) and 2,049 on a CPU.
+        facets: the names of those to run, of ``SENTENCES``; None is all.
         where: operator -> "module:function", where processes import the implementations from, and the code that reproduces a
             failure. None: they are in this process only, and so is the run; the code then names coordroute's own.
-        workers: processes, each running one operator and dtype at a time; None is :func:`default_workers`, 1 is this one.
+        variants: "module:function" of a function (op, dtype, device) -> iterable of (name, n, implementation): other launches of
+            the same operator, which are held to the same truth. None: there are none.
+        workers: processes, each running one part at a time; None is :func:`default_workers`, 1 is this one.
+        first_failure: end as soon as a property has failed, and do not shrink.
+        seconds: begin no further part after so long, and say which facets were cut short.
 
     Returns:
-        ``{"seed", "examples", "seconds", "ok", "properties": [...], "failures": [...]}``; a row of properties is ``{"op",
-        "property", "sentence", "dtype", "cases", "left_out", "worst_error", "bound", "worst_ratio", "worst_family", "verdict",
-        "reason"}``, one of failures ``{"op", "property", "dtype", "family", "error", "bound", "message", "reproducer"}``.
+        ``{"seed", "examples", "seconds", "ok", "properties": [...], "facets": [...], "distributions": [...], "failures": [...]}``.
+        A row of properties is ``{"op", "property", "sentence", "derivation", "dtype", "cases", "left_out", "worst_error", "bound",
+        "worst_ratio", "worst_family", "failing_facets", "verdict", "reason"}``; of facets ``{"op", "dtype", "facet", "sentence",
+        "rows", "failed", "verdict", "reason", "seconds", "known_after" (seconds since the run began)}``; of distributions, the
+        error of rows in ulps, ``{"op", "dtype", "quantity", "rows", "ours", "plain"}``; of failures ``{"op", "property", "dtype",
+        "facet", "family", "error", "bound", "message", "reproducer"}``.
 
     Raises:
-        ValueError: an unknown operator, no target, examples below 1.
+        ValueError: an unknown operator or facet, no target, examples below 1.
     """
     if not targets or any(op not in KINDS for op in targets):
-        raise ValueError(f"targets has {', '.join(map(repr, targets)) or 'nothing'}; allowed are {' and '.join(KINDS)}")
+        raise ValueError(f"targets has {', '.join(map(repr, targets)) or 'nothing'}; allowed are {', '.join(KINDS)}")
     if examples < 1:
         raise ValueError(f"examples is {examples}; at least 1 is needed")
-    begin = time.monotonic()
+    chosen = tuple(SENTENCES) if facets is None else facets
+    if unknown := [name for name in chosen if name not in SENTENCES]:
+        raise ValueError(f"facets has {', '.join(map(repr, unknown))}; allowed are {', '.join(SENTENCES)}")
+    begin, clock = time.monotonic(), time.time()
     at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    most = longest or (16385 if at.type == "cuda" else 2049)
+    most = longest or (max(cases.LENGTHS["long"]) if at.type == "cuda" else 2049)
     named = where or {op: f"coordroute:{op}" for op in targets}
-    parts = [_Part(op, dtype, named[op], at, examples, seed, most) for op in KINDS if op in targets for dtype in dtypes]
+    ordered = tuple(name for name in SENTENCES if name in chosen)
+    parts = _parts(targets, named, at, examples, seed, dtypes, ordered, most, variants)
     if workers is None:
         workers = default_workers(at) if where else 1
-    total = sum(part.steps for part in parts)
+    total = sum(part.rows for part in parts)
     done = 0
 
-    def say(text: str, steps: int) -> None:
+    def say(text: str, rows: int) -> None:
         nonlocal done
-        done += steps
+        done += rows
         if progress is not None:
             spent = time.monotonic() - begin
-            left = spent / done * (total - done) if 3 <= done < total else None
+            left = spent / done * (total - done) if 100 <= done < total else None
             progress(total, min(done, total), text, left)
 
-    alone = workers <= 1
-    outcomes = [_run_part(part, targets[part.op], say) for part in parts] if alone else _in_processes(parts, workers, say)
-    rows = [row for outcome in outcomes for row in outcome.properties]
+    pool = _Pool(targets, workers, say)
+
+    def enough(result: Result) -> bool:
+        if seconds is not None and time.monotonic() - begin > seconds:
+            return True
+        return first_failure and isinstance(result, _Outcome) and bool(result.failures)
+
+    try:
+        results = pool.perform(list(parts), enough)
+        late = _Outcome(reason="there was no time left for all of it")
+        outcomes = [(part, one if isinstance(one, _Outcome) else late) for part, one in zip(parts, results, strict=True)]
+        found = _found_of(outcomes)
+        if not first_failure:
+            _shrink_all(pool, found)
+    finally:
+        pool.close()
+    rows = _property_rows(parts, outcomes, found)
+    say("done", total - done)
     return {
         "seed": seed,
         "examples": examples,
         "seconds": round(time.monotonic() - begin, 1),
         "ok": all(row["verdict"] != "fail" for row in rows),
         "properties": rows,
-        "failures": [failure for outcome in outcomes for failure in outcome.failures],
+        "facets": [_facet_row(part, one, clock) for part, one in _merged(outcomes, lambda part: (part.op, part.dtype, part.facet))],
+        "distributions": _distributions(outcomes),
+        "failures": [_failure_row(name, part, failure) for (_, _, name), (part, failure) in found.items()],
     }
 
 
-def _failure(part: _Part, name: str, found: _Failure) -> dict[str, Any]:
+Found = dict[tuple[str, str, str], tuple[_Part, _Failure]]
+"""(op, dtype, property) -> where it failed first, and on what."""
+
+
+def _found_of(outcomes: list[tuple[_Part, _Outcome]]) -> Found:
+    found: Found = {}
+    for part, outcome in outcomes:
+        for name, failure in outcome.failures.items():
+            found.setdefault((part.op, part.dtype, name), (part, failure))
+    return found
+
+
+def _shrink_all(pool: _Pool, found: Found) -> None:
+    """Shrinks as many counterexamples as the time allows, one of every property first."""
+    order = sorted(found, key=lambda key: [other[::2] for other in found].index(key[::2]) + DTYPES.index(key[1]) * len(found))
+    lost = [key for key in order if "process" in found[key][1].finding.message or "hangs" in found[key][1].finding.message]
+    order = [key for key in order if key not in lost and key[2] != "variants"]
+    share = SHRINK_SECONDS_IN_ALL * max(pool.count, 1) / max(len(order), 1)
+    seconds = min(SHRINK_SECONDS, share)
+    tasks: list[Task] = [_Shrink(*found[key], seconds) for key in order]
+    for key, smaller in zip(order, pool.perform(tasks), strict=True):
+        if isinstance(smaller, _Failure):
+            found[key] = (found[key][0], smaller)
+
+
+def _merged(outcomes: list[tuple[_Part, _Outcome]], key: Callable[[_Part], Any]) -> list[tuple[_Part, _Outcome]]:
+    """The outcomes of parts of one key as one."""
+    merged: dict[Any, tuple[_Part, _Outcome]] = {}
+    for part, outcome in outcomes:
+        _, whole = merged.setdefault(key(part), (part, _Outcome()))
+        whole.merge(outcome)
+        whole.reason = whole.reason or outcome.reason
+    return list(merged.values())
+
+
+def _property_rows(parts: list[_Part], outcomes: list[tuple[_Part, _Outcome]], found: Found) -> list[dict[str, Any]]:
+    merged = {(part.op, part.dtype): one for part, one in _merged(outcomes, lambda part: (part.op, part.dtype))}
+    rows = []
+    for op, dtype in dict.fromkeys((part.op, part.dtype) for part in parts):
+        outcome = merged.get((op, dtype), _Outcome())
+        for name, one in PROPERTIES.items():
+            if op not in one.kinds:
+                continue
+            failing = [part.facet for part, its in outcomes if (part.op, part.dtype) == (op, dtype) and name in its.failures]
+            failure = found.get((op, dtype, name))
+            tally = outcome.tallies.get(name, _Tally())
+            verdict, reason = "pass", ""
+            if failure is not None:
+                verdict, reason = "fail", failure[1].finding.message
+            elif tally.share > compare.KINK_SHARE:
+                verdict = "fail"
+                reason = f"{tally.share:.0%} of the rows lie at a kink and were left out; at most {compare.KINK_SHARE:.0%} may"
+            elif not tally.rows:
+                verdict, reason = "not run", _why_not_run(name, dtype, parts)
+            rows.append(
+                {
+                    "op": op,
+                    "property": name,
+                    "sentence": one.sentence,
+                    "derivation": one.bound,
+                    "dtype": dtype,
+                    "cases": tally.rows,
+                    "left_out": tally.left_out,
+                    "worst_error": _number(tally.error),
+                    "bound": _number(tally.bound),
+                    "worst_ratio": _number(max(tally.ratio, 0.0)) if tally.rows else None,
+                    "worst_family": tally.family,
+                    "failing_facets": list(dict.fromkeys(failing)),
+                    "verdict": verdict,
+                    "reason": reason,
+                }
+            )
+    return rows
+
+
+def _why_not_run(name: str, dtype: str, parts: list[_Part]) -> str:
+    if name == "variants":
+        return "no other launches are known"
+    if name in ("side stream", "CUDA graph") and torch.device(parts[0].device).type != "cuda":
+        return "only on a GPU"
+    if name == "gradcheck" and dtype != "float64":
+        return "only in float64"
+    if name == "opcheck":
+        return "it calls no registered operator"
+    return "no case came to it"
+
+
+def _facet_row(part: _Part, outcome: _Outcome, clock: float) -> dict[str, Any]:
+    verdict = "fail" if outcome.failures else ("pass" if outcome.rows else "not run")
+    return {
+        "op": part.op,
+        "dtype": part.dtype,
+        "facet": part.facet,
+        "sentence": SENTENCES[part.facet],
+        "rows": outcome.rows,
+        "failed": [name for name in PROPERTIES if name in outcome.failures],
+        "verdict": verdict,
+        "reason": outcome.reason,
+        "seconds": round(outcome.seconds, 1),
+        "known_after": round(outcome.ended - clock, 1),
+    }
+
+
+def _distributions(outcomes: list[tuple[_Part, _Outcome]]) -> list[dict[str, Any]]:
+    rows = []
+    for part, outcome in _merged(outcomes, lambda part: (part.op, part.dtype)):
+        for quantity, arrays in outcome.errors.items():
+            both = np.concatenate(arrays, axis=1)
+            if both.shape[1]:
+                summary = {"op": part.op, "dtype": part.dtype, "quantity": quantity, "rows": both.shape[1]}
+                rows.append(summary | {"ours": _distribution(both[0]), "plain": _distribution(both[1])})
+    return rows
+
+
+def _distribution(values: Array) -> dict[str, Any]:
+    """Quantiles, and a histogram over powers of two: [exponent, count], exponent -24 for what is smaller, or 0."""
+    exponents = np.clip(np.floor(np.log2(np.maximum(values, 2.0**-24))), -24, 64).astype(int)
+    found, counts = np.unique(exponents, return_counts=True)
+    p50, p999 = np.quantile(values, [0.5, 0.999])
+    return {
+        "p50": float(p50),
+        "p99.9": float(p999),
+        "max": float(values.max()),
+        "histogram": [[int(one), int(count)] for one, count in zip(found, counts, strict=True)],
+    }
+
+
+def _failure_row(name: str, part: _Part, found: _Failure) -> dict[str, Any]:
     case, finding, at = found.case, found.finding, found.finding.worst
     size = f"{len(case.rows)} row(s) of {case.n}"
     return {
         "op": part.op,
         "property": name,
         "dtype": case.dtype,
+        "facet": part.facet,
         "family": case.rows[at][0],
         "error": _number(float(finding.error[at])),
         "bound": _number(float(finding.bound[at])),
-        "message": f"{part.op} {case.dtype}, {size}: {finding.to_text()} (family {case.rows[at][0]!r})",
-        "reproducer": _reproducer(name, part.where, case, part.device),
+        "message": f"{part.op} {case.dtype}, {part.facet}, {size}: {finding.to_text()} (family {case.rows[at][0]!r})",
+        "reproducer": "" if name == "variants" else _reproducer(name, part.where, case, part.device),
     }
 
 
 def _number(value: float | None) -> float | None:
     """None where JSON has no such number."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _property(part: _Part, name: str, tally: _Tally, failure: _Failure | None) -> dict[str, Any]:
-    verdict, reason = "pass", ""
-    if failure is not None:
-        verdict, reason = "fail", failure.finding.message
-    elif tally.share > compare.KINK_SHARE:
-        verdict = "fail"
-        reason = f"{tally.share:.0%} of the rows lie at a kink and were left out; at most {compare.KINK_SHARE:.0%} may"
-    elif not tally.cases:
-        verdict, reason = "not run", "no case came to it"
-    return {
-        "op": part.op,
-        "property": name,
-        "sentence": PROPERTIES[name][0],
-        "dtype": part.dtype,
-        "cases": tally.cases,
-        "left_out": tally.left_out,
-        "worst_error": _number(tally.error),
-        "bound": _number(tally.bound),
-        "worst_ratio": _number(max(tally.ratio, 0.0)) if tally.cases else None,
-        "worst_family": tally.family,
-        "verdict": verdict,
-        "reason": reason,
-    }
