@@ -50,7 +50,9 @@ def certify(s: Any, lam: Any, k: Any, eps: Any, mask: Any | None = None, floor: 
     rows = rows_of(s, k, eps, mask)
     lam = np.atleast_2d(np.asarray(lam, dtype=np.float64))
     eps_rows = np.where(rows.nan, 1.0, rows.eps)
-    k_rows = np.minimum(np.maximum(rows.k, (rows.s == np.inf).sum(axis=1)), rows.valid.sum(axis=1))
+    # +inf has weight 1 whatever k is, but for k = 0
+    least = np.where(rows.k > 0, (rows.s == np.inf).sum(axis=1), 0)
+    k_rows = np.minimum(np.maximum(rows.k, least), rows.valid.sum(axis=1))
     box = np.maximum(np.maximum(-lam, lam - 1.0).max(axis=1, initial=0.0), np.abs(np.where(rows.valid, 0.0, lam)).sum(axis=1))
     budget = np.abs(lam.sum(axis=1) - k_rows)
     finite = np.isfinite(rows.s)

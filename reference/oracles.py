@@ -216,8 +216,18 @@ def soft_topk_truth(s: Any, k: Any, eps: Any, mask: Any | None = None, g: Any | 
     d = np.where(np.isfinite(rows.s) & inner[:, None], _distance(rows, anchor, offset), 0.0)
     z = d / eps_rows[:, None]
     free = (d < 0) & (lam > 0)
-    # exp rounds, its argument rounds (|z| ulps), the sum that fixes tau rounds (a tree: a few ulps)
-    error_lam = _norm(np.where(free, np.nan_to_num(lam) * (8.0 + np.abs(z)), 0.0)) + 1.0
+    # exp rounds; its argument rounds three times (s - tau, 1/eps, their product: |z| each); the sum that fixes tau rounds (a
+    # tree: a few ulps)
+    entry_error = 8.0 + 3.0 * np.abs(z)
+    error_lam = _norm(np.where(free, np.nan_to_num(lam) * entry_error, 0.0)) + 1.0
+    # a score this near to tau may be taken for saturated or not
+    near = np.isfinite(rows.s) & inner[:, None] & (np.abs(z) <= 16.0 * unit * (1.0 + np.abs(offset) / eps_rows)[:, None])
+    left = np.where(near | ~free, 0.0, lam).sum(axis=1)
+    # a whole number of entries saturated, and a gap behind them: a sum reaches k to within the rounding of k, and what is left
+    # of that lies on any of the others
+    spare = unit * (16.0 + np.where(rows.nan, 0.0, np.minimum(np.maximum(rows.k, 0.0), lam.shape[1])))
+    whole = near.any(axis=1) & (left <= spare)
+    error_lam = error_lam + np.where(whole, spare / unit, 0.0)
     zero = np.zeros(lam.shape[0])
     if g is None:
         return Truth(lam, anchor + offset, None, None, None, error_lam, zero, zero, zero, zero, zero, zero)
@@ -229,18 +239,13 @@ def soft_topk_truth(s: Any, k: Any, eps: Any, mask: Any | None = None, g: Any | 
     away = np.where(free, g - gbar[:, None], 0.0)
     grad_s = weight * away / eps_rows[:, None]
     grad_eps = -(d * grad_s).sum(axis=1) / eps_rows
-    # gbar's own error: every lam is off by up to (8 + |z|) ulps, and so are the products with g
+    # gbar's own error: every lam is off by that much, and so are the products with g
     spread = np.where(free, np.abs(g), 0.0) + np.abs(gbar)[:, None]
-    error_k = (weight * (8.0 + np.abs(z)) * spread).sum(axis=1) / safe
-    entry = weight * ((8.0 + np.abs(z)) * spread + error_k[:, None]) / eps_rows[:, None]
+    error_k = (weight * entry_error * spread).sum(axis=1) / safe
+    entry = weight * (entry_error * spread + error_k[:, None]) / eps_rows[:, None]
     error_eps = (np.abs(d) * entry).sum(axis=1) / eps_rows
-    # a score this near to tau may be taken for saturated or not: its own gradient comes or goes, and gbar moves with it
-    near = np.isfinite(rows.s) & inner[:, None] & (np.abs(z) <= 16.0 * unit * (1.0 + np.abs(offset) / eps_rows)[:, None])
+    # the gradient of a score near tau comes or goes, and gbar moves with it
     jump = np.where(near, np.abs(g - gbar[:, None]), 0.0)
-    left = np.where(near, 0.0, weight).sum(axis=1)
-    # a whole number of entries saturated, and a gap behind them: what rounding leaves of the budget lies on any of the others
-    spare = 4.0 * unit
-    whole = near.any(axis=1) & (left <= spare)
     part = near | free | (whole[:, None] & np.isfinite(rows.s) & inner[:, None] & (d < 0))
     # gbar is a mean of g whatever is saturated
     span = np.where(part, g, -np.inf).max(axis=1, initial=-np.inf) - np.where(part, g, np.inf).min(axis=1, initial=np.inf)
@@ -360,8 +365,9 @@ def _descend(
         clamped.append(over)
     e = schedule[n_iters]
     z = np.where(saturated, 0.0, (s + a[:, None] + b) / e)
-    lam = np.where(valid, np.exp(z), 0.0)
-    error_lam = _norm(lam * (8.0 + np.abs(z) + np.where(clamped[-1], 0.0, error[:, None] / e))) + 1.0
+    with np.errstate(over="ignore"):
+        lam = np.where(valid, np.exp(z), 0.0)  # above 1, or beyond all numbers, where k is a number above n, as published
+    error_lam = _norm(lam * (8.0 + 3.0 * np.abs(z) + np.where(clamped[-1], 0.0, error[:, None] / e))) + 1.0
     lam = np.where(rows.nan[:, None], np.nan, lam)
     zero = np.zeros(s.shape[0])
     threshold = np.where(dead, np.inf, -a)
@@ -374,7 +380,7 @@ def _descend(
     grad_s = at.copy()
     adjoint = at.sum(axis=1)
     # rounding, as relative errors of lam and p (through a) and the sums'; a kink, as the jump of what it lets come or go
-    magnitude = np.abs(at) * ((16.0 + error / e)[:, None] + np.abs(z))
+    magnitude = np.abs(at) * ((16.0 + error / e)[:, None] + 3.0 * np.abs(z))
     weight = magnitude.sum(axis=1)
     jumps = np.where(near[-1], np.abs(full), 0.0)
     jump = jumps.sum(axis=1)

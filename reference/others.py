@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 DISTRIBUTIONS = {"colt5_kernel": "colt5-attention", "colt5_eager": "colt5-attention", "entmax_budget": "entmax"}
-"""Function -> the distribution that it stands for. A module of adapters that has such a table gets their versions into the evidence."""
+"""Function -> the distribution that it stands for, whose version verify puts into its evidence."""
 
 
 def colt5_kernel(

@@ -361,7 +361,7 @@ def ulps(error: Array, truth: Array | None, dtype: torch.dtype) -> Array:
         return np.full(len(error), np.nan)
     size = _norm(truth) if truth.ndim > 1 else np.abs(truth)
     info = torch.finfo(dtype)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         return np.where(size > info.tiny / info.eps, error / (size * info.eps), np.nan)
 
 
@@ -587,7 +587,7 @@ def _entries(trial: Trial) -> Entries:
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(free, np.abs(np.log(np.where(free, lam, 1.0))), 0.0)
         # exp and its argument, the threshold, storage, and what lies below the normal range
-        relative = np.where(free, unit * (16.0 + z) + stored.eps / 2 + smallest / np.where(free, lam, 1.0), 0.0)
+        relative = np.where(free, unit * (16.0 + 3.0 * z) + stored.eps / 2 + smallest / np.where(free, lam, 1.0), 0.0)
     resolved = free & (lam >= CERTIFIED)
     mass = np.where(resolved, lam, 0.0).sum(axis=1)
     mean = np.where(mass > 0, np.where(resolved, lam * relative, 0.0).sum(axis=1) / np.where(mass > 0, mass, 1.0), 0.0)
@@ -613,7 +613,7 @@ def _box(trial: Trial) -> Iterable[Finding]:
 @_property(
     "budget",
     "sum lam = k",
-    "the sum of what rounding may do to the entries: u (16 + |log lam|) and storage each, and u for the threshold",
+    "the sum of what rounding may do to the entries: u (16 + 3 |log lam|) and storage each, and u for the threshold",
     OPTIMA,
 )
 def _budget(trial: Trial) -> Iterable[Finding]:
@@ -631,7 +631,10 @@ def _budget(trial: Trial) -> Iterable[Finding]:
     lost = np.where(entries.rounded, stored / 2, np.where(entries.free, 0.0, entries.smallest) * trial.rows.valid).sum(axis=1)
     total = entries.lam.sum(axis=1)
     summing = 2.0**-53 * total * (2.0 + math.log2(max(trial.case.n, 1)))  # of the certificate itself, pairwise in float64
-    limit = (entries.lam * entries.relative).sum(axis=1) + lost + trial.unit * np.minimum(total, 1.0) + summing
+    # where all is saturated nothing can be steered, and k is met to its own rounding
+    steered = np.where(entries.free, entries.lam, 0.0).sum(axis=1) > trial.unit * (16.0 + total)
+    of_k = trial.unit * np.where(steered, np.minimum(total, 1.0), 16.0 + total)
+    limit = (entries.lam * entries.relative).sum(axis=1) + lost + of_k + summing
     return [trial.finding("budget", _known(trial, found.budget), limit)]
 
 
@@ -643,10 +646,12 @@ def _slope(trial: Trial, entries: Entries) -> Array:
 
 
 def _own_rounding(trial: Trial) -> Array:
-    rows = trial.rows
-    with np.errstate(invalid="ignore"):
+    """Of s - eps log lam and of their mean, in float64, in units of eps: a sum adds up to 16 terms one after the other."""
+    rows, lam = trial.rows, trial.entries.lam
+    with np.errstate(invalid="ignore", divide="ignore"):
         scores = np.where(np.isfinite(rows.s), np.abs(rows.s), 0.0).max(axis=1, initial=0.0)
-    return 2.0**-50 * scores / np.where(rows.nan, 1.0, rows.eps)
+        z = np.where(trial.entries.free, np.abs(np.log(np.where(trial.entries.free, lam, 1.0))), 0.0).max(axis=1, initial=0.0)
+    return 2.0**-49 * (scores / np.where(rows.nan, 1.0, rows.eps) + z)
 
 
 @_property(
@@ -830,7 +835,9 @@ def _monotone_in_k(trial: Trial) -> Iterable[Finding]:
         more = np.full_like(more, more[0])
     rows = inputs.regular() & (more >= inputs.k)
     other, judged = trial.also(inputs._replace(k=more))
-    fall = np.nan_to_num(trial.answer.lam - other.lam, nan=np.inf).max(axis=1, initial=0.0)
+    before, after = (np.where(rows[:, None], lam, 0.0) for lam in (trial.answer.lam, other.lam))
+    with np.errstate(invalid="ignore"):
+        fall = np.nan_to_num(before - after, nan=np.inf).max(axis=1, initial=0.0)
     yield from trial.some("monotone in k", rows, np.maximum(fall, 0.0), trial.judged.value_bound + judged.value_bound)
 
 
@@ -876,7 +883,7 @@ def _softmax(trial: Trial) -> Iterable[Finding]:
 @_property(
     "large eps",
     "as eps grows, the weights become equal: k / n each",
-    "(k/n) (e^(spread/eps) - 1), and u (16) and storage",
+    "(k/n) (e^(spread/eps) - 1), and u (16 + log2 n) for the sum, and storage",
     EXACT,
     further=True,
 )
@@ -891,7 +898,8 @@ def _large_eps(trial: Trial) -> Iterable[Finding]:
     count = np.maximum(inputs.counted().sum(axis=1), 1)
     share = np.minimum(inputs.k, count) / count
     off = np.abs(np.where(inputs.valid, lam - share[:, None], 0.0)).max(axis=1, initial=0.0)
-    limit = share * (np.expm1(spread / eps) + 16.0 * trial.unit + info.eps) + info.tiny
+    summing = trial.unit * (16.0 + math.log2(max(trial.case.n, 1)))
+    limit = share * (np.expm1(spread / eps) + summing + info.eps) + info.tiny
     yield from trial.some("large eps", rows, np.nan_to_num(off, nan=np.inf), limit)
 
 

@@ -331,6 +331,37 @@ def test_gradcheck_and_opcheck_fail_where_they_should():
     assert found == {"opcheck"}
 
 
+# --- what fuzzing found: kernels that were off, and bounds or certificates that were ---------------------------------
+
+FOUND = [
+    # equal weights, added in one direction: the CPU's compiled variant
+    verify.Case("soft_topk", n=4093, rows=(("constant", 4),)),
+    # a whole number of entries saturated and a gap behind them: dk, and what rounding leaves of the budget
+    verify.Case("soft_topk", n=512, rows=(("k = n - 1", 386),), eps=1e-6, tensor_eps=True, grad="transposed"),
+    verify.Case("soft_topk", "float64", 128, (("k near the valid", 641),), eps=1e-3, tensor_eps=True, grad="one-hot"),
+    verify.Case("soft_topk", "float64", 2, (("k = n - 1", 5883),), eps=0.03, tensor_eps=True),
+    # gradients that float16 cannot hold
+    verify.Case("soft_topk", "float16", 512, (("ties", 0), ("ties", 1)), eps=1e-6),
+    # weights below the normal range, in a one-hot gradient
+    verify.Case(
+        "coordinate_descent", "bfloat16", 16, tuple(("normal", seed) for seed in range(8)), **cases.PUBLISHED, grad="one-hot"
+    ),
+    # no budget, and an infinite score
+    verify.Case("soft_topk", n=2, rows=(("k = 0", 1909), ("infinite", 1)), eps=0.5, tensor_k=False),
+    # the certificate's own sums
+    verify.Case("soft_topk", "float64", 127, (("constant", 536),), eps=0.03, tensor_k=False),
+    # far below the threshold: the argument of exp rounds three times
+    verify.Case("soft_topk", "float16", 2, (("bimodal gap", 2103),), tensor_eps=True, grad="one-hot"),
+    verify.Case("soft_topk", n=8, rows=(("k = 1", 26718),), eps=0.03, tensor_eps=True),
+    verify.Case("soft_topk", n=5, rows=(("fractional k", 51378),), eps=0.03, tensor_eps=True),
+]
+
+
+@pytest.mark.parametrize("case", FOUND, ids=lambda case: f"{case.op} {case.dtype} {case.n} {case.rows[0][0]}")
+def test_what_fuzzing_found_stays_found(case):
+    check(OURS[case.op], case)
+
+
 # --- tests of one's own ----------------------------------------------------------------------------------------------
 
 
