@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .autotune import store
-from .kernels import config, ops
+from .kernels import config, derivatives, ops
 
 config.use_lookup(store.lookup)
+# what serves torch.func goes into a compiled graph as it is: Dynamo would look inside, and knows no forward-mode rule
+torch.compiler.allow_in_graph(list(derivatives.FUNCTIONS))
 
 __all__ = ["Routed", "Router", "coordinate_descent", "soft_topk"]
 
@@ -45,7 +47,8 @@ def soft_topk(
     """The exact entropy-regularised top-k: weights in [0, 1] along ``dim`` that sum to ``k``.
 
     Solves ``argmax s.lam + eps * H(lam)  s.t.  0 <= lam <= 1, sum(lam) = k`` for each row on its own, with
-    ``H(lam) = -sum lam (log lam - 1)``, and differentiates the solution implicitly with respect to scores, k and eps.
+    ``H(lam) = -sum lam (log lam - 1)``, and differentiates the solution implicitly with respect to scores, k and eps: to any order,
+    in reverse and forward mode, also under ``torch.func``.
 
     Args:
         scores: any shape with at least one dimension, float16, bfloat16, float32 or float64. Computed in float32 (float64
@@ -96,7 +99,8 @@ def coordinate_descent(
         a_{t+1} = eps_t (log k - logsumexp((s + b_t) / eps_t));   b_{t+1} = -relu(s + a_{t+1})
         lam     = exp((s + a_T + b_T) / eps_T)
 
-    The weights of a row sum to less than k until the steps have converged; ``soft_topk`` is the limit.
+    The weights of a row sum to less than k until the steps have converged; ``soft_topk`` is the limit. There are first-order
+    gradients only, in reverse mode: RuntimeError says so where a second order or forward-mode AD is asked for.
 
     Args:
         scores: as for ``soft_topk``.
@@ -172,11 +176,17 @@ def _check_scores(scores: Any, dim: Any) -> int:
     return dim % ndim
 
 
+_SYMBOLIC = (torch.SymInt, torch.SymFloat)
+"""What numbers that depend on a length are in torch.export."""
+
+
 def _check_number(name: str, value: Any, *, zero_allowed: bool, or_tensor: str = "") -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        what = f"a tensor of shape {_shape(value)}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"{name} is {what}; allowed is {_finite(zero_allowed)}{or_tensor}")
-    number = float(value)
+    number = value
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real, *_SYMBOLIC)):
+            what = f"a tensor of shape {_shape(value)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"{name} is {what}; allowed is {_finite(zero_allowed)}{or_tensor}")
+        number = torch.sym_float(value) if isinstance(value, _SYMBOLIC) else float(value)
     # no math.isfinite: k may be symbolic while torch.compile traces
     if not 0 <= number < math.inf or (number == 0 and not zero_allowed):
         raise ValueError(f"{name} is {value}; allowed is {_finite(zero_allowed)}{or_tensor}")
@@ -203,7 +213,7 @@ def _computable(name: str, number: float, scores: Tensor) -> float:
 def _check_int(name: str, value: Any, low: int, high: int | None = None, high_name: str = "") -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; allowed is {_integer(low, high, high_name)}")
-    if not isinstance(value, int):
+    if not isinstance(value, (int, torch.SymInt)):
         try:
             value = operator.index(value)
         except TypeError:
@@ -223,12 +233,9 @@ def _per_row(name: str, value: Any, scores: Tensor, dim: int, *, zero_allowed: b
         number = _check_number(name, value, zero_allowed=zero_allowed, or_tensor=", or a tensor with one value a row")
         return _computable(name, number, scores)
     if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {value.dtype} and shape {_shape(value)}; allowed are real numbers")
+        raise TypeError(f"{name} {_kind(value)}, scores has shape {_shape(scores)}; allowed are real numbers")
     if value.device != scores.device:
-        raise ValueError(
-            f"{name} (shape {_shape(value)}) is on {value.device}, scores (shape {_shape(scores)}) on {scores.device};"
-            f" allowed is one device: {name}.to({str(scores.device)!r})"
-        )
+        raise _other_device(name, value, "scores", scores, remedy=name)
     lead = _without(scores.shape, dim)
     if not _broadcasts(value.shape, lead):
         raise ValueError(
@@ -245,12 +252,9 @@ def _to_rows(scores: Tensor, mask: Any, dim: int) -> tuple[Tensor, Tensor | None
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask is a {type(mask).__name__}; allowed is a bool tensor (True = valid) or None")
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask has dtype {mask.dtype} and shape {_shape(mask)}; allowed is bool (True = valid): mask.bool()")
+            raise TypeError(f"mask {_kind(mask)}, scores has shape {_shape(scores)}; allowed is bool (True = valid): mask.bool()")
         if mask.device != scores.device:
-            raise ValueError(
-                f"mask (shape {_shape(mask)}) is on {mask.device}, scores (shape {_shape(scores)}) on {scores.device};"
-                f" allowed is one device: mask.to({str(scores.device)!r})"
-            )
+            raise _other_device("mask", mask, "scores", scores, remedy="mask")
         if not _broadcasts(mask.shape, scores.shape):
             raise ValueError(
                 f"mask has shape {_shape(mask)}, scores has shape {_shape(scores)}; allowed is a mask that broadcasts to scores"
@@ -289,6 +293,19 @@ def _product(shape: tuple[int, ...]) -> int:
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"has dtype {value.dtype} and shape {_shape(value)}"
+    return f"is a {type(value).__name__}"
+
+
+def _other_device(name: str, tensor: Tensor, other_name: str, other: Tensor, remedy: str = "") -> ValueError:
+    return ValueError(
+        f"{name} (shape {_shape(tensor)}) is on {tensor.device}, {other_name} (shape {_shape(other)}) on {other.device};"
+        f" allowed is one device{remedy and f': {remedy}.to({str(other.device)!r})'}"
+    )
 
 
 class Routed(NamedTuple):
@@ -390,21 +407,20 @@ class Router(nn.Module):
             self.register_parameter("routing_token", None)
 
     def extra_repr(self) -> str:
-        parts = [f"{self.dim}, num_routes={self.num_routes}, solver={self.solver!r}, eps={self.eps}"]
+        """The arguments that made this router, in one line: those that say how it routes, and others where they are set."""
+        shown: dict[str, Any] = {"dim": self.dim, "num_routes": self.num_routes, "solver": self.solver, "eps": self.eps}
         if self.solver == "coordinate_descent":
-            parts.append(f"n_iters={self.n_iters}, eps_init={self.eps_init}, eps_decay={self.eps_decay}")
+            shown |= {"n_iters": self.n_iters, "eps_init": self.eps_init, "eps_decay": self.eps_decay}
             if self.checkpoint_segments is not None:
-                parts.append(f"checkpoint_segments={self.checkpoint_segments}")
-        parts.append(f"fetch_k_ratio={self.fetch_k_ratio}, straight_through={self.straight_through}")
+                shown["checkpoint_segments"] = self.checkpoint_segments
+        shown |= {"fetch_k_ratio": self.fetch_k_ratio, "straight_through": self.straight_through}
         if self.routing_token is None:
-            parts.append("learned_routing_tokens=False")
+            shown["learned_routing_tokens"] = False
         if self.cosine_sim_routing:
-            parts.append(f"cosine_sim_routing=True, cosine_sim_scale={self.cosine_sim_scale}")
+            shown |= {"cosine_sim_routing": True, "cosine_sim_scale": self.cosine_sim_scale}
         if self.route_block_size is not None:
-            parts.append(f"route_block_size={self.route_block_size}")
-        if self.impl != "auto":
-            parts.append(f"impl={self.impl!r}")
-        return ", ".join(parts)
+            shown["route_block_size"] = self.route_block_size
+        return ", ".join(f"{name}={value!r}" for name, value in (shown | {"impl": self.impl}).items())
 
     def forward(
         self,
@@ -476,7 +492,7 @@ class Router(nn.Module):
         """
         for name, tensor in (("routed_tokens", routed_tokens), ("indices", indices)):
             if tensor is not None and tensor.device != src.device:
-                raise ValueError(f"{name} is on {tensor.device}, src on {src.device}; allowed is one device")
+                raise _other_device(name, tensor, "src", src)
         if indices is None:
             if routed_tokens.shape != src.shape:
                 raise ValueError(
@@ -499,21 +515,25 @@ class Router(nn.Module):
 
     def _check_input(self, x: Any, num_tokens: Any, mask: Any) -> int:
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            what = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-            raise TypeError(f"x {what}; allowed is a floating-point tensor [batch, length, {self.dim}]")
+            raise TypeError(f"x {_kind(x)}; allowed is a floating-point tensor [batch, length, {self.dim}]")
         if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"x has shape {_shape(x)}; allowed is (batch, length, {self.dim})")
+            own = "" if self.routing_token is None else f", the router's routing_token has shape {_shape(self.routing_token)}"
+            raise ValueError(f"x has shape {_shape(x)}{own}; allowed is (batch, length, {self.dim})")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                what = f"has dtype {mask.dtype}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
-                raise TypeError(f"mask {what}; allowed is a bool tensor (True = valid) of shape {_shape(x)[:2]}")
+                raise TypeError(
+                    f"mask {_kind(mask)}, x has shape {_shape(x)}; allowed is a bool tensor (True = valid) of shape {_shape(x)[:2]}"
+                )
             if mask.shape != x.shape[:2]:
                 raise ValueError(
                     f"mask has shape {_shape(mask)}, x has shape {_shape(x)}; allowed is a mask of shape {_shape(x)[:2]}"
                 )
             if mask.device != x.device:
-                raise ValueError(f"mask is on {mask.device}, x on {x.device}; allowed is one device")
-        return _check_int("num_tokens", num_tokens, 1)
+                raise _other_device("mask", mask, "x", x)
+        try:
+            return _check_int("num_tokens", num_tokens, 1)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}; x has shape {_shape(x)}") from None
 
     def _routing_tokens(self, x: Tensor, given: Tensor | None) -> Tensor:
         """[r, d], or [b, r, d] where they were given."""
@@ -524,21 +544,20 @@ class Router(nn.Module):
                     f" of shape {self._allowed_tokens(x)}"
                 )
             if self.routing_token.device != x.device:
-                raise ValueError(
-                    f"x is on {x.device}, the router's routing_token on {self.routing_token.device}; allowed is one device:"
-                    f" router.to({str(x.device)!r})"
-                )
+                raise _other_device("the router's routing_token", self.routing_token, "x", x, remedy="router")
             return self.routing_token
         if not isinstance(given, Tensor) or not given.is_floating_point():
-            what = f"has dtype {given.dtype}" if isinstance(given, Tensor) else f"is a {type(given).__name__}"
-            raise TypeError(f"routing_tokens {what}; allowed is a floating-point tensor of shape {self._allowed_tokens(x)}")
+            raise TypeError(
+                f"routing_tokens {_kind(given)}, x has shape {_shape(x)}; allowed is a floating-point tensor of shape"
+                f" {self._allowed_tokens(x)}"
+            )
         tokens = given[:, None] if given.dim() == 2 and self.num_routes == 1 else given
         if tokens.shape != (x.shape[0], self.num_routes, self.dim):
             raise ValueError(
                 f"routing_tokens has shape {_shape(given)}, x has shape {_shape(x)}; allowed is {self._allowed_tokens(x)}"
             )
         if given.device != x.device:
-            raise ValueError(f"routing_tokens is on {given.device}, x on {x.device}; allowed is one device")
+            raise _other_device("routing_tokens", given, "x", x)
         return tokens
 
     def _allowed_tokens(self, x: Tensor) -> str:

@@ -7,7 +7,10 @@ A plain eager call has no use for that boundary, which costs several times what 
 a hand-written autograd function, or directly where nothing needs a gradient (:func:`_plain`).
 
 Schemas take rows: scores [R, n] with stride(1) == 1, ``k`` and ``eps`` either a number or a tensor [R] in the compute type
-(float32; float64 for float64 scores), ``mask`` bool [R, n] or None, ``impl`` "triton" or "torch".
+(float32; float64 for float64 scores), ``mask`` bool [R, n] or None, ``impl`` "triton" or "torch". A k that is a number is a
+Scalar, which may be symbolic, for k often depends on the length. ``clamp_k``: whether a k that is a tensor is clamped to
+[0, number of valid entries]; a number is taken as it is. The backward of ``soft_topk`` is handed k for what differentiates it
+again (derivatives.py).
 """
 
 from __future__ import annotations
@@ -23,25 +26,25 @@ import torch
 from torch.autograd import forward_ad
 
 from . import config as _config
-from . import cpu
+from . import cpu, derivatives
 
 IMPLS = ("triton", "torch")
 
 _LIB = torch.library.Library("coordroute", "DEF")
 _LIB.define(
-    "soft_topk(Tensor scores, Tensor? k, float k_value, Tensor? eps, float eps_value, Tensor? mask, str impl) -> (Tensor, Tensor)"
+    "soft_topk(Tensor scores, Tensor? k, Scalar k_value, Tensor? eps, float eps_value, Tensor? mask, str impl) -> (Tensor, Tensor)"
 )
 _LIB.define(
-    "soft_topk_backward(Tensor grad, Tensor scores, Tensor threshold, Tensor? eps, float eps_value, Tensor? mask, str impl)"
-    " -> (Tensor, Tensor, Tensor)"
+    "soft_topk_backward(Tensor grad, Tensor scores, Tensor threshold, Tensor? k, Scalar k_value, Tensor? eps, float eps_value,"
+    " Tensor? mask, str impl) -> (Tensor, Tensor, Tensor)"
 )
 _LIB.define(
-    "coordinate_descent(Tensor scores, Tensor? k, float k_value, Tensor? mask, int n_iters, float eps, float eps_init,"
-    " float eps_decay, int segments, str impl) -> (Tensor, Tensor)"
+    "coordinate_descent(Tensor scores, Tensor? k, Scalar k_value, Tensor? mask, int n_iters, float eps, float eps_init,"
+    " float eps_decay, int segments, bool clamp_k, str impl) -> (Tensor, Tensor)"
 )
 _LIB.define(
-    "coordinate_descent_backward(Tensor grad, Tensor scores, Tensor states, Tensor? k, float k_value, Tensor? mask,"
-    " int n_iters, float eps, float eps_init, float eps_decay, str impl) -> (Tensor, Tensor)"
+    "coordinate_descent_backward(Tensor grad, Tensor scores, Tensor states, Tensor? k, Scalar k_value, Tensor? mask,"
+    " int n_iters, float eps, float eps_init, float eps_decay, bool clamp_k, str impl) -> (Tensor, Tensor)"
 )
 
 
@@ -131,6 +134,8 @@ def _soft_topk_backward(
     grad: torch.Tensor,
     scores: torch.Tensor,
     threshold: torch.Tensor,
+    k: torch.Tensor | None,
+    k_value: float,
     eps: torch.Tensor | None,
     eps_value: float,
     mask: torch.Tensor | None,
@@ -145,7 +150,7 @@ def _soft_topk_backward(
 def _soft_topk_backward_registered(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A registered operator returns tensors: an empty one where eps is a number."""
     dscores, dk, deps = _soft_topk_backward(*arguments)
-    return dscores, dk, dk.new_empty(0) if deps is None or arguments[3] is None else deps
+    return dscores, dk, dk.new_empty(0) if deps is None or arguments[5] is None else deps
 
 
 def _coordinate_descent(
@@ -158,6 +163,7 @@ def _coordinate_descent(
     eps_init: float,
     eps_decay: float,
     segments: int | None,
+    clamp_k: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config = _resolve("coordinate_descent", "forward", scores, impl)
@@ -172,7 +178,7 @@ def _coordinate_descent(
         eps,
         eps_init,
         eps_decay,
-        k is not None,
+        clamp_k and k is not None,
         segments,
         config,
     )
@@ -189,6 +195,7 @@ def _coordinate_descent_backward(
     eps: float,
     eps_init: float,
     eps_decay: float,
+    clamp_k: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config = _resolve("coordinate_descent", "backward", scores, impl)
@@ -203,7 +210,7 @@ def _coordinate_descent_backward(
         eps,
         eps_init,
         eps_decay,
-        k is not None,
+        clamp_k and k is not None,
         config,
     )
 
@@ -216,7 +223,15 @@ def _soft_topk_fake(
 
 
 def _soft_topk_backward_fake(
-    grad: torch.Tensor, scores: torch.Tensor, threshold: Any, eps: Any, eps_value: float, mask: Any, impl: str
+    grad: torch.Tensor,
+    scores: torch.Tensor,
+    threshold: Any,
+    k: Any,
+    k_value: float,
+    eps: Any,
+    eps_value: float,
+    mask: Any,
+    impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, n = scores.shape
     dtype = _compute_dtype(scores)
@@ -234,6 +249,7 @@ def _coordinate_descent_fake(
     eps_init: float,
     eps_decay: float,
     segments: int,
+    clamp_k: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, n = scores.shape
@@ -247,67 +263,20 @@ def _coordinate_descent_backward_fake(
     return scores.new_empty((rows, n)), scores.new_empty((rows,), dtype=_compute_dtype(scores))
 
 
-def _soft_topk_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    scores, k, _, eps, eps_value, mask, impl = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(scores, output[1], eps, mask)
-    ctx.eps_value, ctx.impl, ctx.k_is_tensor = eps_value, impl, k is not None
-    ctx.set_materialize_grads(False)
-
-
-def _soft_topk_autograd(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 7
-    scores, threshold, eps, mask = ctx.saved_tensors
-    dscores, dk, deps = torch.ops.coordroute.soft_topk_backward(grad, scores, threshold, eps, ctx.eps_value, mask, ctx.impl)
-    return dscores, dk if ctx.k_is_tensor else None, None, deps if eps is not None else None, None, None, None
-
-
-def _coordinate_descent_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    scores, k, k_value, mask, *schedule, _, impl = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(scores, output[1], k, mask)
-    ctx.k_value, ctx.schedule, ctx.impl = k_value, schedule, impl
-    ctx.set_materialize_grads(False)
-
-
-def _coordinate_descent_autograd(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 10
-    scores, states, k, mask = ctx.saved_tensors
-    dscores, dk = torch.ops.coordroute.coordinate_descent_backward(
-        grad, scores, states, k, ctx.k_value, mask, *ctx.schedule, ctx.impl
-    )
-    return dscores, dk if k is not None else None, *((None,) * 8)
-
-
-def _no_second_order(name: str) -> Any:
-    def raise_error(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError(f"coordroute.{name} has first-order gradients only; its backward cannot be differentiated again")
-
-    return raise_error
-
-
-def _register(name: str, kernel: Any, fake: Any, backward: Any, setup_context: Any = lambda ctx, inputs, output: None) -> None:
+def _register(name: str, kernel: Any, fake: Any, function: type[torch.autograd.Function]) -> None:
     _LIB.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"coordroute::{name}", fake, lib=_LIB)
-    torch.library.register_autograd(f"coordroute::{name}", backward, setup_context=setup_context, lib=_LIB)
+    torch.library.register_autograd(f"coordroute::{name}", function.backward, setup_context=function.setup_context, lib=_LIB)
 
 
-_register("soft_topk", _soft_topk, _soft_topk_fake, _soft_topk_autograd, _soft_topk_setup)
-_register("soft_topk_backward", _soft_topk_backward_registered, _soft_topk_backward_fake, _no_second_order("soft_topk"))
-_register(
-    "coordinate_descent",
-    _coordinate_descent,
-    _coordinate_descent_fake,
-    _coordinate_descent_autograd,
-    _coordinate_descent_setup,
-)
+_register("soft_topk", _soft_topk, _soft_topk_fake, derivatives.SoftTopk)
+_register("soft_topk_backward", _soft_topk_backward_registered, _soft_topk_backward_fake, derivatives.SoftTopkBackward)
+_register("coordinate_descent", _coordinate_descent, _coordinate_descent_fake, derivatives.CoordinateDescent)
 _register(
     "coordinate_descent_backward",
     _coordinate_descent_backward,
     _coordinate_descent_backward_fake,
-    _no_second_order("coordinate_descent"),
+    derivatives.CoordinateDescentBackward,
 )
 
 
@@ -379,8 +348,8 @@ class _SoftTopk(torch.autograd.Function):
         impl: str,
     ) -> torch.Tensor:
         lam, threshold = _soft_topk(scores, k, k_value, eps, eps_value, mask, impl)
-        ctx.save_for_backward(scores, threshold, eps, mask)
-        ctx.eps_value, ctx.impl = eps_value, impl
+        ctx.save_for_backward(scores, threshold, k, eps, mask)
+        ctx.others = k_value, eps_value, impl
         ctx.set_materialize_grads(False)
         return lam
 
@@ -388,10 +357,10 @@ class _SoftTopk(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 7
-        scores, threshold, eps, mask = ctx.saved_tensors
-        arguments = (grad, scores, threshold, eps, ctx.eps_value, mask, ctx.impl)
-        direct = _first_order(grad, scores)
-        dscores, dk, deps = (_soft_topk_backward if direct else torch.ops.coordroute.soft_topk_backward)(*arguments)
+        scores, threshold, k, eps, mask = ctx.saved_tensors
+        k_value, eps_value, impl = ctx.others
+        backward: Any = _soft_topk_backward if _first_order(grad, scores) else derivatives.soft_topk_backward
+        dscores, dk, deps = backward(grad, scores, threshold, k, k_value, eps, eps_value, mask, impl)
         needs_scores, needs_k, _, needs_eps, *_ = ctx.needs_input_grad
         return dscores if needs_scores else None, dk if needs_k else None, None, deps if needs_eps else None, None, None, None
 
@@ -411,29 +380,28 @@ class _CoordinateDescent(torch.autograd.Function):
         eps_init: float,
         eps_decay: float,
         segments: int | None,
+        clamp_k: bool,
         impl: str,
     ) -> torch.Tensor:
-        lam, states = _coordinate_descent(scores, k, k_value, mask, n_iters, eps, eps_init, eps_decay, segments, impl)
+        lam, states = _coordinate_descent(scores, k, k_value, mask, n_iters, eps, eps_init, eps_decay, segments, clamp_k, impl)
         ctx.save_for_backward(scores, states, k, mask)
-        ctx.k_value, ctx.schedule, ctx.impl = k_value, (n_iters, eps, eps_init, eps_decay), impl
+        ctx.k_value, ctx.schedule = k_value, (n_iters, eps, eps_init, eps_decay, clamp_k, impl)
         ctx.set_materialize_grads(False)
         return lam
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * 10
+            return (None,) * 11
         scores, states, k, mask = ctx.saved_tensors
-        backward: Any = (
-            _coordinate_descent_backward if _first_order(grad, scores) else torch.ops.coordroute.coordinate_descent_backward
-        )
-        dscores, dk = backward(grad, scores, states, k, ctx.k_value, mask, *ctx.schedule, ctx.impl)
+        backward: Any = _coordinate_descent_backward if _first_order(grad, scores) else derivatives.coordinate_descent_backward
+        dscores, dk = backward(grad, scores, states, k, ctx.k_value, mask, *ctx.schedule)
         needs_scores, needs_k, *_ = ctx.needs_input_grad
-        return dscores if needs_scores else None, dk if needs_k else None, *((None,) * 8)
+        return dscores if needs_scores else None, dk if needs_k else None, *((None,) * 9)
 
 
 def _first_order(grad: torch.Tensor, scores: torch.Tensor) -> bool:
-    """Whether a backward may call the kernel itself; the registered operator is what says that there is no second order."""
+    """Whether a backward may call the kernel itself; the registered operator is what can be differentiated again, or refuses."""
     return not torch.is_grad_enabled() and _plain(grad, scores)
 
 
@@ -449,7 +417,9 @@ def _needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 def _split(value: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
-    return (value, 0.0) if isinstance(value, torch.Tensor) else (None, float(value))
+    if isinstance(value, torch.Tensor):
+        return value, 0.0
+    return None, value if isinstance(value, (float, torch.SymFloat)) else float(value)
 
 
 def soft_topk_rows(
@@ -459,7 +429,7 @@ def soft_topk_rows(
     k_rows, k_value = _split(k)
     eps_rows, eps_value = _split(eps)
     if not _plain(scores, k_rows, eps_rows, mask):
-        return torch.ops.coordroute.soft_topk(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)[0]
+        return derivatives.soft_topk(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)[0]
     if _needs_grad(scores, k_rows, eps_rows):
         return _SoftTopk.apply(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)
     return _soft_topk(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)[0]
@@ -475,11 +445,13 @@ def coordinate_descent_rows(
     eps_decay: float,
     checkpoint_segments: int | None,
     impl: str,
+    clamp_k: bool = True,
 ) -> torch.Tensor:
     """lam [R, n] after ``n_iters`` iterations; differentiable in scores and k.
 
     ``checkpoint_segments=None`` takes the tuned share; inside torch.compile, where shapes may be symbolic, it is one segment
-    an iteration. The gradient is bitwise the same for every number of segments.
+    an iteration. The gradient is bitwise the same for every number of segments. ``clamp_k=False`` takes a k that is a tensor as
+    it is, as a number is, and as the published code does.
     """
     k_rows, k_value = _split(k)
     if not _plain(scores, k_rows, mask):
@@ -488,9 +460,9 @@ def coordinate_descent_rows(
                 checkpoint_segments = n_iters
             else:
                 checkpoint_segments = _config.scale_segments(_resolve("coordinate_descent", "forward", scores, impl), n_iters)
-        return torch.ops.coordroute.coordinate_descent(
-            scores, k_rows, k_value, mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, impl
+        return derivatives.coordinate_descent(
+            scores, k_rows, k_value, mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, clamp_k, impl
         )[0]
     # here None goes on to where the configuration is known
-    arguments = (scores, k_rows, k_value, mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, impl)
+    arguments = (scores, k_rows, k_value, mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, clamp_k, impl)
     return _CoordinateDescent.apply(*arguments) if _needs_grad(scores, k_rows) else _coordinate_descent(*arguments)[0]

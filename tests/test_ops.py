@@ -58,12 +58,12 @@ def test_opcheck(name: str, with_tensors: bool, dtype: torch.dtype) -> None:
         arguments: tuple[Any, ...] = (s.requires_grad_(), k, 2.5, eps, 0.1, mask, IMPL)
         if name.endswith("backward"):
             threshold = torch.ops.coordroute.soft_topk(*arguments)[1].detach()
-            arguments = (g, s.detach(), threshold, None if eps is None else eps.detach(), 0.1, mask, IMPL)
+            arguments = (g.requires_grad_(), s, threshold, k, 2.5, eps, 0.1, mask, IMPL)
     else:
-        arguments = (s.requires_grad_(), k, 2.5, mask, *schedule, 4, IMPL)
+        arguments = (s.requires_grad_(), k, 2.5, mask, *schedule, 4, True, IMPL)
         if name.endswith("backward"):
             states = torch.ops.coordroute.coordinate_descent(*arguments)[1].detach()
-            arguments = (g, s.detach(), states, None if k is None else k.detach(), 2.5, mask, *schedule, IMPL)
+            arguments = (g, s.detach(), states, None if k is None else k.detach(), 2.5, mask, *schedule, True, IMPL)
     operator = getattr(torch.ops.coordroute, name).default
     assert torch.library.opcheck(operator, arguments, test_utils=CHECKS) == dict.fromkeys(CHECKS, "SUCCESS")
 
@@ -73,7 +73,7 @@ def test_the_state_of_the_solver_is_not_differentiable() -> None:
     s = rows(2, 12).requires_grad_()
     lam, threshold = torch.ops.coordroute.soft_topk(s, None, 2.5, None, 0.1, None, IMPL)
     assert lam.requires_grad and not threshold.requires_grad
-    lam, states = torch.ops.coordroute.coordinate_descent(s, None, 2.5, None, 6, 0.3, 2.0, 0.5, 4, IMPL)
+    lam, states = torch.ops.coordroute.coordinate_descent(s, None, 2.5, None, 6, 0.3, 2.0, 0.5, 4, True, IMPL)
     assert lam.requires_grad and not states.requires_grad
 
 
@@ -85,14 +85,6 @@ def test_only_the_gradients_that_are_asked_for(op: str) -> None:
     assert not call(op, s, k.detach()).requires_grad
     with torch.no_grad():
         assert not call(op, s, k).requires_grad
-
-
-@pytest.mark.parametrize("op", OPERATORS)
-def test_a_second_order_gradient_raises(op: str) -> None:
-    s = rows(3, 12).requires_grad_()
-    (ds,) = torch.autograd.grad(call(op, s, 2.5).square().sum(), s, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"coordroute.{op} has first-order gradients only"):
-        ds.square().sum().backward()
 
 
 def test_require_impl() -> None:
@@ -135,6 +127,36 @@ def test_compiled_with_numbers(op: str) -> None:
     s = rows(3, 12)
     for k in (2, 2.5, 3.75):
         assert torch.equal(compiled(op, s, k), call(op, s, k))
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_compiled_with_a_budget_that_depends_on_the_length(op: str) -> None:
+    """A new length is a new number k, and no reason to compile anew."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(s: Tensor, k: Tensor) -> Tensor:
+        return call(op, s, s.shape[-1] // 4) + k[:, None] * call(op, s, s.shape[-1] * 9 / 64)
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for n in (24, 40, 33, 64, 7):
+        s, k, g = rows(3, n), torch.ones(3, device=DEVICE), rows(3, n)
+        for first, second in zip(outcome(function, s, k, g), outcome(compiled, s, k, g), strict=True):
+            assert torch.equal(first, second)
+    assert counter.frame_count <= 2, "once for the first length, and once for any"
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("strict", (False, True))
+def test_exported_with_a_budget_that_depends_on_the_length(op: str, strict: bool) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, s: Tensor) -> Tensor:
+            return call(op, s, s.shape[-1] // 4)
+
+    lengths = {"s": {1: torch.export.Dim("n", min=8, max=4096)}}
+    program = torch.export.export(Module(), (rows(3, 24),), dynamic_shapes=lengths, strict=strict).module()
+    for n in (24, 33):
+        s = rows(3, n)
+        assert torch.equal(program(s), call(op, s, n // 4))
 
 
 def test_compiled_with_a_temperature_in_a_tensor() -> None:

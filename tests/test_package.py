@@ -37,7 +37,7 @@ def test_the_wheel_holds_the_package_and_the_shipped_configurations_and_no_more(
     assert {"py.typed", "router.py", "cli.py", "kernels/soft_topk.py", "reference/oracles.py", "reports/render.py"} <= inside
     assert {f"autotune/configs/{path.name}" for path in store.SHIPPED.glob("*.json")} <= inside
     folders = {name.split("/")[0] for name in inside if "/" in name}
-    assert folders == {"kernels", "reference", "autotune", "reports"}
+    assert folders == {"kernels", "reference", "autotune", "reports", "integrations"}
     others = {name for name in inside if not name.endswith(".py")} - {"py.typed"}
     assert all(re.fullmatch(r"autotune/configs/[a-z0-9-]+\.json", name) for name in others), others
     assert all(name.startswith(("coordroute/", "coordroute-")) for name in wheel)
@@ -47,7 +47,7 @@ def test_the_wheel_holds_the_package_and_the_shipped_configurations_and_no_more(
 def test_importing_the_package_imports_neither_torch_nor_triton():
     code = "import sys, coordroute; print([m for m in ('torch', 'triton') if m in sys.modules], sorted(coordroute.__all__))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] ['Routed', 'Router', '__version__', 'coordinate_descent', 'soft_topk']"
+    assert done.stdout.strip() == "[] ['Routed', 'Router', '__version__', 'coordinate_descent', 'patch_colt5', 'soft_topk']"
     with pytest.raises(AttributeError, match="'topk'; it has"):
         _ = coordroute.topk
 

@@ -516,11 +516,19 @@ def test_deepcopy_and_pickle() -> None:
     assert bool(router.routing_token.any()), "a copy has its own parameter"
 
 
-def test_repr_names_what_was_chosen() -> None:
-    text = repr(made(**FULL))
-    for part in ("8, num_routes=2", "n_iters=7", "eps_init=2.0", "fetch_k_ratio=1.5", "cosine_sim_scale=3.0", "route_block_size=8"):
-        assert part in text, text
-    assert "n_iters" not in repr(made()) and "impl='torch'" in repr(made(impl="torch"))
+def test_repr_is_one_line_that_makes_the_router_again() -> None:
+    assert (
+        repr(made())
+        == "Router(dim=8, num_routes=1, solver='exact', eps=0.03, fetch_k_ratio=1.125, straight_through=True, impl='auto')"
+    )
+    assert repr(made(solver="coordinate_descent", num_routes=2)) == (
+        "Router(dim=8, num_routes=2, solver='coordinate_descent', eps=0.03, n_iters=20, eps_init=4.0, eps_decay=0.7,"
+        " fetch_k_ratio=1.125, straight_through=True, impl='auto')"
+    )
+    for options in (FULL, {"learned_routing_tokens": False, "impl": "torch"}, {"solver": "coordinate_descent", "eps_init": None}):
+        router = made(**options)
+        again = eval(repr(router))
+        assert repr(again) == repr(router) and {**vars(again), "_parameters": 0} == {**vars(router), "_parameters": 0}
 
 
 def test_autocast(solver: str) -> None:
@@ -581,19 +589,45 @@ ON_META = torch.zeros(B, N, dtype=torch.bool, device="meta")
     ("options", "error", "parts"),
     [
         ({"x": torch.zeros(B, N)}, ValueError, ("x has shape (2, 24)", "(batch, length, 8)")),
-        ({"x": torch.zeros(B, N, D + 1)}, ValueError, ("x has shape (2, 24, 9)", "(batch, length, 8)")),
-        ({"x": torch.zeros(B, N, D, dtype=torch.int64)}, TypeError, ("x has dtype torch.int64", "floating-point")),
+        (
+            {"x": torch.zeros(B, N, D + 1)},
+            ValueError,
+            ("x has shape (2, 24, 9)", "routing_token has shape (1, 8)", "(batch, length, 8)"),
+        ),
+        (
+            {"x": torch.zeros(B, N, D, dtype=torch.int64)},
+            TypeError,
+            ("x has dtype torch.int64 and shape (2, 24, 8)", "floating-point"),
+        ),
         ({"x": [1.0]}, TypeError, ("x is a list", "floating-point")),
-        ({"num_tokens": 0}, ValueError, ("num_tokens is 0", ">= 1")),
-        ({"num_tokens": 2.5}, TypeError, ("num_tokens is 2.5", "an integer")),
-        ({"mask": torch.ones(B, N)}, TypeError, ("mask has dtype torch.float32", "bool", "(2, 24)")),
+        ({"num_tokens": 0}, ValueError, ("num_tokens is 0", ">= 1", "x has shape (2, 24, 8)")),
+        ({"num_tokens": 2.5}, TypeError, ("num_tokens is 2.5", "an integer", "x has shape (2, 24, 8)")),
+        (
+            {"mask": torch.ones(B, N)},
+            TypeError,
+            ("mask has dtype torch.float32 and shape (2, 24)", "x has shape (2, 24, 8)", "bool"),
+        ),
         ({"mask": torch.ones(B, N + 1, dtype=torch.bool)}, ValueError, ("mask has shape (2, 25)", "x has shape (2, 24, 8)")),
         ({"mask": torch.ones(N, dtype=torch.bool)}, ValueError, ("mask has shape (24,)", "allowed is", "(2, 24)")),
-        ({"mask": ON_META}, ValueError, ("mask is on meta", DEVICE, "one device")),
-        ({"routing_tokens": torch.zeros(B, 3, D)}, ValueError, ("routing_tokens has shape (2, 3, 8)", "(2, 8) or (2, 1, 8)")),
+        ({"x": torch.zeros(B, N, D, device="meta")}, ValueError, ("routing_token (shape (1, 8)) is on " + DEVICE, "on meta")),
+        ({"mask": ON_META}, ValueError, ("mask (shape (2, 24)) is on meta", "x (shape (2, 24, 8)) on " + DEVICE, "one device")),
+        (
+            {"routing_tokens": torch.zeros(B, 3, D)},
+            ValueError,
+            ("x has shape (2, 24, 8)", "routing_tokens has shape (2, 3, 8)", "(2, 8) or (2, 1, 8)"),
+        ),
+        ({"routing_tokens": torch.zeros(B, D + 1)}, ValueError, ("routing_tokens has shape (2, 9)", "x has shape (2, 24, 8)")),
         ({"routing_tokens": torch.zeros(D)}, ValueError, ("routing_tokens has shape (8,)", "(2, 8) or (2, 1, 8)")),
-        ({"routing_tokens": torch.zeros(B, D, dtype=torch.int32)}, TypeError, ("routing_tokens has dtype torch.int32",)),
-        ({"routing_tokens": torch.zeros(B, D, device="meta")}, ValueError, ("routing_tokens is on meta", DEVICE)),
+        (
+            {"routing_tokens": torch.zeros(B, D, dtype=torch.int32)},
+            TypeError,
+            ("routing_tokens has dtype torch.int32", "(2, 24, 8)"),
+        ),
+        (
+            {"routing_tokens": torch.zeros(B, D, device="meta")},
+            ValueError,
+            ("routing_tokens (shape (2, 8)) is on meta", "x (shape (2, 24, 8)) on " + DEVICE),
+        ),
     ],
 )
 def test_bad_input(options: dict[str, Any], error: type[Exception], parts: tuple[str, ...]) -> None:
@@ -617,5 +651,5 @@ def test_bad_input_to_route_back() -> None:
         router.route_back(x, tokens(M), None)
     with pytest.raises(ValueError, match=r"several routes"):
         router.route_back(x, tokens(M)[:, None], indices[:, None])
-    with pytest.raises(ValueError, match=r"indices is on meta"):
+    with pytest.raises(ValueError, match=r"indices \(shape \(2, 5\)\) is on meta, src \(shape \(2, 24, 8\)\) on"):
         router.route_back(x, tokens(M), indices.to("meta"))
