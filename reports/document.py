@@ -1,22 +1,37 @@
-"""The report as a list of blocks, from which page.py makes HTML and markdown.py Markdown: both have the same content."""
+"""The report as a list of blocks: what was targeted, measured, tuned and verified on one device."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
+from . import correctness, faults, plots, text
 from . import evidence as evidence_module
-from . import plots, text
+from .blocks import (
+    NO_ROW,
+    Block,
+    Cell,
+    Column,
+    Document,
+    Heading,
+    Names,
+    Notes,
+    Plot,
+    Plots,
+    Table,
+    Tile,
+    Tiles,
+    Words,
+)
 from .evidence import (
     COMMANDS,
     MET,
     MISSED,
+    MORE_COMMANDS,
     NO_LIMIT,
     NOT_MEASURED,
     SOFTMAX,
-    VERDICTS,
     Evidence,
     Json,
     KeyGroup,
@@ -26,193 +41,27 @@ from .evidence import (
     Shape,
 )
 
-# --- blocks ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
-
-    Attributes:
-        main: what it says.
-        sub: more lines, smaller.
-        marks: letters of the table's notes.
-        bar: a share of a budget, drawn as a bar below ``main``; above 1 the budget is exceeded.
-        tone: "", "pass", "fail", "muted" or "strong".
-        tip: more for those who point at it; never the only place where something is said.
-    """
-
-    main: str
-    sub: str = ""
-    marks: tuple[str, ...] = ()
-    bar: float | None = None
-    tone: str = ""
-    tip: str = ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column: its head, whether it holds numbers, and whether it is ours."""
-
-    head: str
-    number: bool = True
-    ours: bool = False
-
-
-@dataclass
-class Table:
-    """A table; the first cell of a row names it.
-
-    Attributes:
-        notes: (letter, text); a note without a letter is of the whole table.
-        folded: the page shows it when it is asked for.
-        kind: "" (figures), "even" (all columns but the first of one width), "prose" (sentences, which are wrapped) or "goals"
-            (figures, and sentences in the third column).
-    """
-
-    title: str
-    columns: list[Column]
-    rows: list[list[Cell]]
-    notes: list[tuple[str, str]] = field(default_factory=list)
-    folded: bool = False
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Heading:
-    words: str
-    level: int = 2
-    anchor: str = ""
-
-
-@dataclass(frozen=True)
-class Words:
-    """A paragraph. ``tone`` is "", "pass", "fail" or "missing"; ``code`` is a command that follows it."""
-
-    words: str
-    tone: str = ""
-    code: str = ""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot.
-
-    Attributes:
-        title: what it shows.
-        svg: the <svg> element.
-        caption: what there is to say of it; may be empty.
-        file: the name of its file without .svg; None for one that only the page has.
-        on_page: whether the page has it; Markdown has those with a file.
-    """
-
-    title: str
-    svg: str
-    caption: str
-    file: str | None
-    on_page: bool = True
-
-
-@dataclass(frozen=True)
-class Plots:
-    """Plots that stand side by side where there is room."""
-
-    plots: list[Plot]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A figure at a glance."""
-
-    name: str
-    value: str
-    more: str
-    tone: str = ""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    tiles: list[Tile]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A property that does not hold: where, what was found, and code that shows it."""
-
-    title: str
-    message: str
-    code: str
-
-
-Block = Heading | Words | Plots | Tiles | Table | Failure
-
-
-@dataclass(frozen=True)
-class Document:
-    """A whole report."""
-
-    title: str
-    subtitle: str
-    verdict: Words
-    blocks: list[Block]
-
-    def files(self) -> dict[str, str]:
-        """Name without .svg -> <svg> element, for the plots that are files."""
-        shown = [plot for block in self.blocks if isinstance(block, Plots) for plot in block.plots]
-        return {plot.file: plot.svg for plot in shown if plot.file is not None}
-
-
-class _Notes:
-    """Footnotes of a table: the same text has the same letter."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, str] = {}
-
-    def mark(self, words: str) -> tuple[str, ...]:
-        return (self.found.setdefault(words, text.letters(len(self.found))),)
-
-    def listed(self) -> list[tuple[str, str]]:
-        return [(letter, words) for words, letter in self.found.items()]
-
-
-def _slug(words: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unnamed"
-
-
-class _Names:
-    """File names from what a file says: harmless, and each only once."""
-
-    def __init__(self) -> None:
-        self.taken: set[str] = set()
-
-    def __call__(self, *parts: str) -> str:
-        stem = name = "-".join(_slug(part) for part in parts)[:80]
-        number = 2
-        while name in self.taken:
-            name, number = f"{stem}-{number}", number + 1
-        self.taken.add(name)
-        return name
-
-
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
 def build(evidence: Evidence) -> Document:
     """The report of some evidence."""
-    names = _Names()
+    names = Names()
     panels = evidence_module.panels(evidence.benchmark) if evidence.benchmark else []
     blocks: list[Block] = [Tiles(_tiles(evidence, panels)), *_files(evidence)]
     blocks += _targets(evidence)
     blocks += _benchmark(evidence.benchmark, panels, names)
     blocks += _autotune(evidence.autotune, names)
-    blocks += _verify(evidence.verify)
+    blocks += _correctness(evidence, names)
+    blocks += faults.mutants(evidence.mutants, evidence.false_alarms)
+    blocks += faults.sanitizers(evidence.sanitize)
     blocks += _method(evidence)
     device = evidence.device
     kind = "CPU" if _is_cpu(evidence) else "GPU"
     units = "logical cores" if kind == "CPU" else "multiprocessors"
     capability = device["capability"] if kind == "CPU" else f"capability {device['capability']}"
     facts = [f"{device['sm_count']} {units}", capability, text.memory(device["memory_bytes"])]
-    return Document(device["name"], " · ".join(facts), _verdict(evidence, panels), blocks)
+    return Document(f"coordroute on {device['name']}", device["name"], " · ".join(facts), _verdict(evidence, panels), blocks)
 
 
 def _is_cpu(evidence: Evidence) -> bool:
@@ -232,8 +81,8 @@ def _verdict(evidence: Evidence, panels: list[Panel]) -> Words:
         parts.append("Whether the kernels are right was not checked here")
     else:
         counts = _counts(evidence.verify)
-        ran, target = counts["pass"] + counts["fail"], evidence.verify["target"]
-        whose = "" if target == "coordroute" else f" of {target}"
+        ran = counts["pass"] + counts["fail"]
+        whose = "" if evidence.verify["target"] == "coordroute" else f" of {evidence_module.target_name(evidence.verify)}"
         if not evidence_module.holds(evidence.verify):
             tone = "fail"
             failed = f"{counts['fail']} of {text.several(ran, 'property check')}{whose} failed"
@@ -253,8 +102,8 @@ def _verdict(evidence: Evidence, panels: list[Panel]) -> Words:
         if gain is not None and tuned:
             said += f", {text.times(gain)} as fast as by default in the geometric mean"
         parts.append(said)
-    found = [(panel, panel.ratios(Series("soft_topk", "coordroute"))) for panel in panels]
-    panel, ratios = next(((p, r) for p, r in found if r), (None, []))
+    measured = [(panel, panel.ratios(Series("soft_topk", "coordroute"))) for panel in panels]
+    panel, ratios = next(((p, r) for p, r in measured if r), (None, []))
     if evidence.benchmark is None:
         parts.append("nothing is said of speed")
     elif panel is None:
@@ -264,6 +113,13 @@ def _verdict(evidence: Evidence, panels: list[Panel]) -> Words:
     counts = Counter(map(evidence_module.became, evidence_module.targets(evidence.benchmark)))
     if counts[MET] + counts[MISSED]:
         parts.append(f"{counts[MET]} of {text.several(counts[MET] + counts[MISSED], 'target')} met")
+    if evidence.mutants is not None:
+        found = faults.counted(evidence.mutants)
+        parts.append(f"{found['killed']} of {text.several(found['killed'] + found['survived'], 'mutant')} killed")
+    if evidence.sanitize is not None and not evidence.sanitize["self_check"]:
+        clean = sum(tool["verdict"] == "clean" for tool in evidence.sanitize["tools"])
+        parts.append(f"{clean} of {text.several(len(evidence.sanitize['tools']), 'sanitizer')} clean")
+        tone = tone if evidence.sanitize["ok"] else "fail"
     return Words("; ".join(parts) + ".", tone)
 
 
@@ -310,8 +166,10 @@ def _files(evidence: Evidence) -> list[Block]:
     columns = [Column("evidence", False), Column("date", False), Column("took"), *(Column(name, False) for name in versions)]
     columns.append(Column("driver", False))
     rows = []
-    for command in COMMANDS:
+    for command in (*COMMANDS, "sanitize"):
         if command not in files:
+            if command not in COMMANDS:
+                continue
             rows.append(
                 [Cell(f"{command}.json"), Cell("missing", tone="muted"), *[Cell(text.NOTHING, tone="muted")] * (len(versions) + 2)]
             )
@@ -323,6 +181,10 @@ def _files(evidence: Evidence) -> list[Block]:
             [Cell(f"{command}.json"), Cell(date), Cell(text.duration(data["seconds"])), *said, Cell(data["device"]["driver"])]
         )
     notes = []
+    for name, more in (("mutants", evidence.mutants), ("false-alarms", evidence.false_alarms)):
+        if more is not None:
+            said = [Cell(more["versions"].get(one) or text.NOTHING) for one in versions]
+            rows.append([Cell(f"{name}.json"), Cell(more["date"]), Cell(text.duration(more["seconds"])), *said, Cell(text.NOTHING)])
     made_with = {tuple(sorted(data["versions"].items(), key=str)) for data in files.values()}
     if len(made_with) > 1:
         notes.append(("", "The files were made with different versions: their figures are not of one and the same code."))
@@ -356,7 +218,7 @@ def _targets(evidence: Evidence) -> list[Block]:
             f"figure in bfloat16 stands beside it without a verdict.{where}"
         )
     )
-    notes = _Notes()
+    notes = Notes()
     rows = []
     for row in found:
         word = evidence_module.became(row)
@@ -400,7 +262,7 @@ def _behind(row: Json) -> str:
 # --- benchmark -------------------------------------------------------------------------------------------------------
 
 
-def _benchmark(benchmark: Json | None, panels: list[Panel], names: _Names) -> list[Block]:
+def _benchmark(benchmark: Json | None, panels: list[Panel], names: Names) -> list[Block]:
     blocks: list[Block] = [Heading("Speed", anchor="speed")]
     if benchmark is None:
         return [*blocks, _missing("benchmark", "no time is reported")]
@@ -457,7 +319,7 @@ def _compared(panel: Panel) -> str:
 
 
 def _times_table(panel: Panel) -> Table:
-    notes = _Notes()
+    notes = Notes()
     whole: list[tuple[str, str]] = []
     columns, shown = [Column("rows × n", False)], []
     for series in panel.series:
@@ -478,9 +340,6 @@ def _times_table(panel: Panel) -> Table:
     return Table(title, columns, rows, notes.listed() + whole)
 
 
-NO_ROW = "the file has no row for it"
-
-
 def _why_none(points: dict[Shape, Point | None]) -> str:
     """The reasons for which an implementation has no figure at all, and where they hold unless that is everywhere."""
     reasons: dict[str, list[str]] = {}
@@ -491,7 +350,7 @@ def _why_none(points: dict[Shape, Point | None]) -> str:
     return "; ".join(f"{reason} ({', '.join(shapes)})" for reason, shapes in reasons.items())
 
 
-def _time_cell(point: Point | None, series: Series, notes: _Notes) -> Cell:
+def _time_cell(point: Point | None, series: Series, notes: Notes) -> Cell:
     if point is None:
         return Cell(text.NOTHING, marks=notes.mark(NO_ROW), tone="muted")
     marks = notes.mark(point.reason) if point.reason else ()
@@ -517,7 +376,7 @@ _STATUS = {
 }
 
 
-def _autotune(autotune: Json | None, names: _Names) -> list[Block]:
+def _autotune(autotune: Json | None, names: Names) -> list[Block]:
     blocks: list[Block] = [Heading("Tuning", anchor="tuning")]
     if autotune is None:
         return [*blocks, _missing("autotune", "no gain by tuning is reported")]
@@ -642,75 +501,24 @@ def _discarded(autotune: Json) -> list[Block]:
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
-def _verify(verify: Json | None) -> list[Block]:
+def _correctness(evidence: Evidence, names: Names) -> list[Block]:
     blocks: list[Block] = [Heading("Correctness", anchor="correctness")]
-    if verify is None:
+    if evidence.verify is None:
         return [*blocks, _missing("verify", "no property was checked")]
-    rows = verify["properties"]
-    if not rows:
-        return [*blocks, Words("verify.json has no properties: nothing was checked.", "missing")]
-    blocks.append(
-        Words(
-            f"Target: {verify['target']}. A cell is the worst row of all that were checked: how much of the error that is allowed "
-            "it used, the error and its bound, how many rows were checked, and the family of inputs of the worst one. Rows at a "
-            "kink, where the gradient is not unique in floating point, are left out and counted."
-        )
-    )
-    for failure in verify["failures"]:
-        blocks.append(_failure(failure))
-    told = {(one["op"], one["property"], one["dtype"]) for one in verify["failures"]}
-    for row in rows:
-        if row["verdict"] == "fail" and (row["op"], row["property"], row["dtype"]) not in told:
-            title = f"{row['op']}: {row['property']}, {row['dtype']}"
-            blocks.append(Failure(title, row["reason"] or "the file gives no reason", ""))
-    if not evidence_module.holds(verify) and not verify["failures"] and all(row["verdict"] != "fail" for row in rows):
-        blocks.append(Words("The file says that not everything held, but names no failure.", "fail"))
-    for op in dict.fromkeys(row["op"] for row in rows):
-        blocks.append(_properties_table(op, [row for row in rows if row["op"] == op]))
+    blocks += correctness.chapter(evidence.verify, names)
+    lacking = [name for name, data in _more(evidence).items() if data is None]
+    if _is_cpu(evidence):
+        lacking = [name for name in lacking if name != "sanitize"]
+    if lacking:
+        which = text.listed([f"{name}.json" for name in lacking])
+        said = f"{which} {'was' if len(lacking) == 1 else 'were'} not among the evidence, which can do without. This makes it:"
+        code = "\n".join(MORE_COMMANDS[name].replace("cuda", "cpu" if _is_cpu(evidence) else "cuda") for name in lacking)
+        blocks.append(Words(said, code=code))
     return blocks
 
 
-def _failure(failure: Json) -> Failure:
-    error, bound = text.error(failure["error"]), text.error(failure["bound"])
-    title = f"{failure['op']}: {failure['property']}, {failure['dtype']}: error {error}, bound {bound}, family {failure['family']}"
-    return Failure(title, failure["message"], failure["reproducer"])
-
-
-def _properties_table(op: str, rows: list[Json]) -> Table:
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    found = {(row["property"], row["dtype"]): row for row in rows}
-    sentences = {row["property"]: row["sentence"] for row in rows}
-    notes = _Notes()
-    made = []
-    for name, sentence in sentences.items():
-        cells = [Cell(name, sentence)]
-        cells += [_property_cell(found.get((name, dtype)), notes) for dtype in dtypes]
-        made.append(cells)
-    counts = Counter(row["verdict"] for row in rows)
-    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
-    return Table(
-        f"{op}: {said}", [Column("property", False), *(Column(dtype, False) for dtype in dtypes)], made, notes.listed(), kind="even"
-    )
-
-
-def _property_cell(row: Json | None, notes: _Notes) -> Cell:
-    if row is None:
-        return Cell(text.NOTHING, marks=notes.mark(NO_ROW), tone="muted")
-    if row["verdict"] == "not run":
-        return Cell("not run", marks=notes.mark(row["reason"]) if row["reason"] else (), tone="muted")
-    lines = [text.several(row["cases"], "row") + (f", {text.count(row['left_out'])} left out" if row["left_out"] else "")]
-    used, bar = "", row["worst_ratio"]
-    if row["worst_error"] == 0 and row["bound"] == 0:
-        bar = None  # a share of nothing
-        lines.insert(0, "no error")
-    elif row["worst_error"] is not None or row["bound"] is not None:
-        used = "" if bar is None else f" {text.percent(bar)}"
-        lines.insert(0, f"{text.error(row['worst_error'])} of {text.error(row['bound'])}")
-    if row["worst_family"] and row["worst_error"] != 0:
-        lines.append(row["worst_family"])
-    failed = row["verdict"] == "fail"
-    marks = notes.mark(row["reason"]) if row["reason"] else ()
-    return Cell(f"{'✗ FAIL' if failed else '✓'}{used}", "\n".join(lines), marks, bar, row["verdict"])
+def _more(evidence: Evidence) -> dict[str, Json | None]:
+    return {"sanitize": evidence.sanitize, "mutants": evidence.mutants, "false-alarms": evidence.false_alarms}
 
 
 # --- method ----------------------------------------------------------------------------------------------------------
@@ -740,9 +548,9 @@ def _method(evidence: Evidence) -> list[Block]:
             say("autotune: one measurement", line)
         say("autotune: samples", _range([timing["samples"] for timing in timings]))
     if evidence.verify is not None:
-        say("verify: target", evidence.verify["target"])
+        say("verify: target", f"{evidence.verify['target']} ({evidence.verify['target_version'] or 'of unknown version'})")
         say("verify: seed", evidence.verify["seed"])
-        say("verify: batches drawn for each operator and dtype", evidence.verify["examples"])
+        say("verify: rows drawn for each operator and dtype, beside those of each facet", evidence.verify["examples"])
     return [*blocks, Table("", [Column("setting", False), Column("value", False)], rows, kind="prose")]
 
 

@@ -1,4 +1,4 @@
-"""The evidence: the JSON files of autotune, verify and benchmark, checked, and what can be derived from them.
+"""The evidence: the JSON files of a folder, checked, and what can be derived from them.
 
 Nothing here measures. What a file does not say stays None.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,19 @@ COMMANDS = {
 }
 """What makes the file ``<command>.json``."""
 
+MORE_COMMANDS = {
+    "sanitize": "coordroute sanitize --json DIR/sanitize.json",
+    "mutants": "python tests/mutation/run.py --device cuda --json DIR/mutants.json",
+    "false-alarms": "python tests/mutation/run.py --device cuda --false-alarms 1000 --json DIR/false-alarms.json",
+}
+"""Likewise for files that say how well the verification itself sees, and what else looked. The last two need the repository."""
+
+OTHERS = "verify-*.json"
+"""Further files of verify, of other implementations: they are compared on a page of their own."""
+
 VERDICTS = ("pass", "fail", "not run")
+MUTANT_VERDICTS = ("killed", "survived", "not run")
+TOOL_VERDICTS = ("clean", "errors", "not finished")
 
 Json = dict[str, Any]
 
@@ -29,13 +41,24 @@ TEXT, NUMBER, WHOLE, ANYTHING = "a string", "a number", "a whole number", "anyth
 MAYBE_TEXT, MAYBE_NUMBER, MAYBE_WHOLE = f"{TEXT} or null", f"{NUMBER} or null", f"{WHOLE} or null"
 TRUTH, OBJECT, MAYBE_OBJECT, LIST = "true or false", "an object", "an object or null", "a list"
 INTERVAL = "a list of two numbers or null"
+TEXTS, BINS = "a list of strings", "a list of pairs of whole numbers"
 MAYBE_TRUTH, OBJECT_OR_TEXT = f"{TRUTH} or null", f"{OBJECT} or {TEXT}"
 
 _HEAD = {"device": OBJECT, "versions": OBJECT, "date": TEXT, "seconds": NUMBER}
 _DEVICE = {"name": TEXT, "sm_count": WHOLE, "capability": TEXT, "memory_bytes": WHOLE, "driver": TEXT}
 _KEY = {"op": TEXT, "direction": TEXT, "dtype": TEXT, "rows": WHOLE, "n": WHOLE}
 _FIELDS: dict[str, dict[str, str]] = {
-    "verify": {"seed": WHOLE, "examples": WHOLE, "target": TEXT, "ok": TRUTH, "properties": LIST, "failures": LIST},
+    "verify": {
+        "seed": WHOLE,
+        "examples": WHOLE,
+        "target": TEXT,
+        "target_version": MAYBE_TEXT,
+        "ok": TRUTH,
+        "properties": LIST,
+        "facets": LIST,
+        "distributions": LIST,
+        "failures": LIST,
+    },
     "autotune": {
         "effort": TEXT,
         "file": TEXT,
@@ -45,6 +68,7 @@ _FIELDS: dict[str, dict[str, str]] = {
         "geometric_mean_gain": MAYBE_NUMBER,
     },
     "benchmark": {"method": TEXT, "settings": OBJECT, "results": LIST},
+    "sanitize": {"ok": TRUTH, "self_check": TRUTH, "tools": LIST},
 }
 _RESULT = {
     **_KEY,
@@ -77,6 +101,7 @@ _PROPERTY = {
     "op": TEXT,
     "property": TEXT,
     "sentence": TEXT,
+    "derivation": TEXT,
     "dtype": TEXT,
     "cases": WHOLE,
     "left_out": WHOLE,
@@ -84,13 +109,27 @@ _PROPERTY = {
     "bound": MAYBE_NUMBER,
     "worst_ratio": MAYBE_NUMBER,
     "worst_family": MAYBE_TEXT,
+    "failing_facets": TEXTS,
     "verdict": TEXT,
     "reason": TEXT,
 }
+_FACET = {
+    "op": TEXT,
+    "dtype": TEXT,
+    "facet": TEXT,
+    "sentence": TEXT,
+    "rows": WHOLE,
+    "failed": TEXTS,
+    "verdict": TEXT,
+    "reason": TEXT,
+}
+_DISTRIBUTION = {"op": TEXT, "dtype": TEXT, "quantity": TEXT, "rows": WHOLE, "ours": OBJECT, "plain": OBJECT}
+_ULPS = {"p50": MAYBE_NUMBER, "p99.9": MAYBE_NUMBER, "max": MAYBE_NUMBER, "histogram": BINS}
 _FAILURE = {
     "op": TEXT,
     "property": TEXT,
     "dtype": TEXT,
+    "facet": TEXT,
     "family": MAYBE_TEXT,
     "error": MAYBE_NUMBER,
     "bound": MAYBE_NUMBER,
@@ -100,6 +139,47 @@ _FAILURE = {
 _TUNED = {"key": OBJECT, "config": MAYBE_OBJECT, "timing": MAYBE_OBJECT, "gain": MAYBE_NUMBER, "candidates": LIST}
 _TIMING = {"median_us": NUMBER, "ci_us": INTERVAL, "default_us": NUMBER, "samples": WHOLE, "method": TEXT}
 _CANDIDATE = {"status": TEXT, "reason": TEXT}
+_TOOL = {
+    "tool": TEXT,
+    "sees_planted_fault": TRUTH,
+    "launches": WHOLE,
+    "configurations": WHOLE,
+    "errors": WHOLE,
+    "verdict": TEXT,
+    "reason": TEXT,
+    "seconds": NUMBER,
+    "groups": LIST,
+    "reports": LIST,
+}
+_GROUP = {
+    "group": TEXT,
+    "launches": WHOLE,
+    "planned": WHOLE,
+    "configurations": WHOLE,
+    "errors": WHOLE,
+    "verdict": TEXT,
+    "reason": TEXT,
+    "seconds": NUMBER,
+}
+_SEEN = {"group": TEXT, "kernel": TEXT, "text": TEXT}
+
+_MUTATION_HEAD = {"device": TEXT, "versions": OBJECT, "date": TEXT, "seconds": NUMBER}
+_MUTANTS = {"control": OBJECT, "mutants": LIST}
+_CONTROL = {"verdict": TEXT, "checks": WHOLE, "failures": LIST}
+_MUTANT = {
+    "name": TEXT,
+    "sentence": TEXT,
+    "file": TEXT,
+    "op": TEXT,
+    "where": TEXTS,
+    "verdict": TEXT,
+    "property": MAYBE_TEXT,
+    "counterexample": MAYBE_TEXT,
+    "seconds": MAYBE_NUMBER,
+    "explanation": TEXT,
+}
+_ALARMS = {"place": TEXT, "runs": WHOLE, "checks": WHOLE, "failures": LIST}
+_ALARM = {"check": TEXT, "property": TEXT, "counterexample": TEXT}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -107,16 +187,36 @@ _CANDIDATE = {"status": TEXT, "reason": TEXT}
 
 @dataclass(frozen=True)
 class Evidence:
-    """What lay in the folder; None for a file that was not there. All files are of one device."""
+    """What lay in the folder; None for a file that was not there.
 
-    verify: Json | None
-    autotune: Json | None
-    benchmark: Json | None
+    Attributes:
+        verify, autotune, benchmark, sanitize: files of commands, all of one device.
+        mutants, false_alarms: of tests/mutation/run.py; they name their own device.
+        others: the further files of verify, by their names; of any device.
+    """
+
+    verify: Json | None = None
+    autotune: Json | None = None
+    benchmark: Json | None = None
+    sanitize: Json | None = None
+    mutants: Json | None = None
+    false_alarms: Json | None = None
+    others: dict[str, Json] = field(default_factory=dict)
 
     def files(self) -> dict[str, Json]:
-        """Command -> content, for the files that were there."""
-        found = {"verify": self.verify, "autotune": self.autotune, "benchmark": self.benchmark}
+        """Command -> content, for the files of commands that were there."""
+        found = {"verify": self.verify, "autotune": self.autotune, "benchmark": self.benchmark, "sanitize": self.sanitize}
         return {command: data for command, data in found.items() if data is not None}
+
+    def reported(self) -> bool:
+        """Whether there is what a report is of."""
+        return any(command in COMMANDS for command in self.files())
+
+    def compared(self) -> dict[str, Json]:
+        """File name -> content, for the files of verify that are compared with each other; none where there is but verify.json."""
+        if not self.others:
+            return {}
+        return ({} if self.verify is None else {"verify.json": self.verify}) | self.others
 
     @property
     def device(self) -> Json:
@@ -125,32 +225,50 @@ class Evidence:
 
 
 def load(folder: Path) -> Evidence:
-    """Reads and checks verify.json, autotune.json and benchmark.json of a folder; at least one must be there.
+    """Reads and checks the evidence of a folder: verify.json, autotune.json, benchmark.json or verify-*.json, at least one of them,
+    and sanitize.json, mutants.json and false-alarms.json.
 
     Raises:
         ValueError: no file, one that is not what its name says, or files of different devices.
     """
     commands = ", ".join(f"`{command}`" for command in COMMANDS.values())
-    needed = f"at least one of {', '.join(f'{name}.json' for name in COMMANDS)} is needed there; {commands} make them"
+    names = ", ".join(f"{name}.json" for name in COMMANDS)
+    needed = f"at least one of {names} or {OTHERS} is needed there; {commands} make them"
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}; {needed}")
-    found = {command: _read(path, command) for command in COMMANDS if (path := folder / f"{command}.json").exists()}
-    if not found:
+    of_device = (*COMMANDS, "sanitize")
+    found = {command: _read(path, command) for command in of_device if (path := folder / f"{command}.json").exists()}
+    others = {path.name: _read(path, "verify") for path in sorted(folder.glob(OTHERS), key=_natural)}
+    if not others and not any(command in found for command in COMMANDS):
         raise ValueError(f"{folder} has no evidence to render; {needed}")
-    (first, one), *others = found.items()
-    for command, data in others:
-        for field in ("name", "sm_count", "capability"):
-            mine, yours = one["device"][field], data["device"][field]
+    for command, data in [*found.items()][1:]:
+        first, one = next(iter(found.items()))
+        for name in ("name", "sm_count", "capability"):
+            mine, yours = one["device"][name], data["device"][name]
             if mine != yours:
                 raise ValueError(
-                    f"{folder / f'{first}.json'} is of the device with {field} {mine!r}, {folder / f'{command}.json'} of one "
-                    f"with {field} {yours!r}; a report is of one device: put their files into folders of their own"
+                    f"{folder / f'{first}.json'} is of the device with {name} {mine!r}, {folder / f'{command}.json'} of one "
+                    f"with {name} {yours!r}; a report is of one device: put their files into folders of their own"
                 )
-    return Evidence(found.get("verify"), found.get("autotune"), found.get("benchmark"))
+    mutants, alarms = folder / "mutants.json", folder / "false-alarms.json"
+    return Evidence(
+        found.get("verify"),
+        found.get("autotune"),
+        found.get("benchmark"),
+        found.get("sanitize"),
+        _read_mutants(mutants) if mutants.exists() else None,
+        _read_false_alarms(alarms) if alarms.exists() else None,
+        others,
+    )
 
 
-def _read(path: Path, command: str) -> Json:
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts 0.9 before 0.11."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+
+
+def _parse(path: Path) -> Json:
     try:
         data = _harmless(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -159,15 +277,48 @@ def _read(path: Path, command: str) -> Json:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds {_named(data)}; an object is needed")
+    return data
+
+
+def _read(path: Path, command: str) -> Json:
+    data = _parse(path)
     if data.get("schema") != SCHEMA or isinstance(data.get("schema"), bool):
         raise ValueError(f"{path} has schema {data.get('schema')!r}; this version reads schema {SCHEMA}")
     if data.get("command") != command:
         raise ValueError(f"{path} is of the command {data.get('command')!r}; a file of this name is of {command!r}")
     _fields(path, "", data, _HEAD | _FIELDS[command])
     _fields(path, "device", data["device"], _DEVICE)
+    _check_versions(path, data)
+    checks = {"verify": _check_verify, "autotune": _check_autotune, "benchmark": _check_benchmark, "sanitize": _check_sanitize}
+    checks[command](path, data)
+    return data
+
+
+def _check_versions(path: Path, data: Json) -> None:
     for name, value in data["versions"].items():
         _check(path, f"versions.{name}", value, MAYBE_TEXT)
-    {"verify": _check_verify, "autotune": _check_autotune, "benchmark": _check_benchmark}[command](path, data)
+
+
+def _read_mutants(path: Path) -> Json:
+    data = _parse(path)
+    _fields(path, "", data, _MUTATION_HEAD | _MUTANTS)
+    _check_versions(path, data)
+    _fields(path, "control", data["control"], _CONTROL)
+    for i, row in enumerate(data["control"]["failures"]):
+        _fields(path, f"control.failures[{i}]", row, _ALARM)
+    for i, row in enumerate(data["mutants"]):
+        _fields(path, f"mutants[{i}]", row, _MUTANT)
+        _one_of(path, f"mutants[{i}].verdict", row["verdict"], MUTANT_VERDICTS)
+    _distinct(path, "mutants", data["mutants"], ("name",))
+    return data
+
+
+def _read_false_alarms(path: Path) -> Json:
+    data = _parse(path)
+    _fields(path, "", data, _MUTATION_HEAD | _ALARMS)
+    _check_versions(path, data)
+    for i, row in enumerate(data["failures"]):
+        _fields(path, f"failures[{i}]", row, _ALARM)
     return data
 
 
@@ -189,12 +340,30 @@ def _harmless(value: Any) -> Any:
 def _check_verify(path: Path, data: Json) -> None:
     for i, row in enumerate(data["properties"]):
         _fields(path, f"properties[{i}]", row, _PROPERTY)
-        if row["verdict"] not in VERDICTS:
-            allowed = ", ".join(VERDICTS)
-            raise ValueError(f"{path}: properties[{i}].verdict is {row['verdict']!r}; allowed is one of {allowed}")
+        _one_of(path, f"properties[{i}].verdict", row["verdict"], VERDICTS)
     _distinct(path, "properties", data["properties"], ("op", "property", "dtype"))
+    for i, row in enumerate(data["facets"]):
+        _fields(path, f"facets[{i}]", row, _FACET)
+        _one_of(path, f"facets[{i}].verdict", row["verdict"], VERDICTS)
+    _distinct(path, "facets", data["facets"], ("op", "facet", "dtype"))
+    for i, row in enumerate(data["distributions"]):
+        _fields(path, f"distributions[{i}]", row, _DISTRIBUTION)
+        for whose in ("ours", "plain"):
+            _fields(path, f"distributions[{i}].{whose}", row[whose], _ULPS)
+    _distinct(path, "distributions", data["distributions"], ("op", "dtype", "quantity"))
     for i, row in enumerate(data["failures"]):
         _fields(path, f"failures[{i}]", row, _FAILURE)
+
+
+def _check_sanitize(path: Path, data: Json) -> None:
+    for i, tool in enumerate(data["tools"]):
+        _fields(path, f"tools[{i}]", tool, _TOOL)
+        _one_of(path, f"tools[{i}].verdict", tool["verdict"], TOOL_VERDICTS)
+        for j, group in enumerate(tool["groups"]):
+            _fields(path, f"tools[{i}].groups[{j}]", group, _GROUP)
+        for j, seen in enumerate(tool["reports"]):
+            _fields(path, f"tools[{i}].reports[{j}]", seen, _SEEN)
+    _distinct(path, "tools", data["tools"], ("tool",))
 
 
 def _check_autotune(path: Path, data: Json) -> None:
@@ -224,6 +393,11 @@ def _check_benchmark(path: Path, data: Json) -> None:
     if isinstance(data.get("cpu"), dict):
         _fields(path, "cpu", data["cpu"], {"device": OBJECT, "threads": WHOLE})
         _fields(path, "cpu.device", data["cpu"]["device"], {"name": TEXT})
+
+
+def _one_of(path: Path, at: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{path}: {at} is {value!r}; allowed is one of {', '.join(allowed)}")
 
 
 def _distinct(path: Path, where: str, rows: list[Json], names: tuple[str, ...]) -> None:
@@ -262,6 +436,8 @@ def _check(path: Path, at: str, value: Any, kind: str) -> None:
         MAYBE_TRUTH: value is None or isinstance(value, bool),
         OBJECT_OR_TEXT: isinstance(value, dict | str),
         INTERVAL: value is None or _is_interval(value),
+        TEXTS: isinstance(value, list) and all(isinstance(one, str) for one in value),
+        BINS: isinstance(value, list) and all(map(_is_bin, value)),
     }
     if not fits[kind]:
         raise ValueError(f"{path}: {at} is {_named(value)}; {kind} is needed")
@@ -271,6 +447,11 @@ def _is_interval(value: Any) -> bool:
     return (
         isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
     )
+
+
+def _is_bin(value: Any) -> bool:
+    pair = isinstance(value, list) and len(value) == 2 and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+    return pair and abs(value[0]) <= 1100 and 0 < value[1] < 2**63
 
 
 def _named(value: Any) -> str:
@@ -446,3 +627,44 @@ def kept_default(key: Json) -> bool:
 def holds(verify: Json) -> bool:
     """Whether all that was checked held, by the file's word and by its rows."""
     return verify["ok"] and not verify["failures"] and all(row["verdict"] != "fail" for row in verify["properties"])
+
+
+def target_name(verify: Json) -> str:
+    """Whose operators these are, with the version: ``coordroute 0.1.0``, ``entmax 1.3 (entmax_budget)``."""
+    target, version = verify["target"], verify["target_version"]
+    if target == "coordroute":
+        return version or target
+    return f"{version} ({target.rpartition(':')[2]})" if version else target
+
+
+def by_op(rows: list[Json]) -> dict[str, list[Json]]:
+    """Operator -> its rows, in the order of the file."""
+    found: dict[str, list[Json]] = {}
+    for row in rows:
+        found.setdefault(row["op"], []).append(row)
+    return found
+
+
+def dtypes_of(rows: list[Json]) -> list[str]:
+    """The dtypes of some rows, widest known ones first."""
+    known = ("float64", "float32", "bfloat16", "float16")
+    found = list(dict.fromkeys(row["dtype"] for row in rows))
+    return sorted(found, key=lambda dtype: known.index(dtype) if dtype in known else len(known))
+
+
+class Counterexamples(NamedTuple):
+    """The failures of one property of one operator: the shortest to reproduce, and the dtypes of all."""
+
+    failure: Json
+    dtypes: list[str]
+
+
+def counterexamples(verify: Json) -> list[Counterexamples]:
+    """One for each operator and property that fails with a counterexample."""
+    groups: dict[tuple[str, str], list[Json]] = {}
+    for failure in verify["failures"]:
+        groups.setdefault((failure["op"], failure["property"]), []).append(failure)
+    return [
+        Counterexamples(min(group, key=lambda one: (not one["reproducer"], len(one["reproducer"]))), dtypes_of(group))
+        for group in groups.values()
+    ]

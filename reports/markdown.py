@@ -1,10 +1,10 @@
-"""The report as Markdown: the same blocks as on the page, for a README or a review."""
+"""A page as Markdown: the same blocks as in HTML, for a README or a review."""
 
 from __future__ import annotations
 
 import re
 
-from .document import Cell, Document, Failure, Heading, Plots, Table, Tiles, Words
+from .blocks import Cell, Document, Failure, Heading, Plots, Table, Tiles, Words
 from .text import NARROW_SPACE
 
 
@@ -32,8 +32,8 @@ def fence(code: str, language: str) -> str:
 
 
 def render(document: Document) -> str:
-    """The whole report."""
-    parts = [f"# coordroute on {escape(document.title)}", escape(document.subtitle), f"**{escape(document.verdict.words)}**"]
+    """The whole page."""
+    parts = [f"# {escape(document.title)}", escape(document.subtitle), f"**{escape(document.verdict.words)}**"]
     for block in document.blocks:
         match block:
             case Heading():
@@ -52,21 +52,31 @@ def render(document: Document) -> str:
             case Table():
                 parts += _table(block)
             case Failure():
-                parts.append(f"**FAILED: {escape(block.title)}**")
-                parts.append(escape(block.message))
-                if block.code:
-                    parts.append(fence(block.code, "python"))
+                said = [escape(block.message), *([fence(block.code, block.language)] if block.code else [])]
+                if block.folded:
+                    parts += _folded(f"FAILED: {block.title}", said)
+                else:
+                    parts += [f"**FAILED: {escape(block.title)}**", *said]
     return "\n\n".join(parts) + "\n"
 
 
+def _folded(title: str, parts: list[str]) -> list[str]:
+    """What is shown when it is asked for. A title among tags is no Markdown: entities alone keep it literal."""
+    words = re.sub(r"\s+", " ", title).strip()
+    words = re.sub(r"[&<>\[\]()*_`~|$\\]", lambda found: f"&#{ord(found[0])};", words)
+    return [f"<details><summary>{words}</summary>", *parts, "</details>"]
+
+
 def _table(table: Table) -> list[str]:
-    head = [escape(column.head) for column in table.columns]
+    head = ["<br>".join(map(escape, filter(None, (column.head, column.sub)))) for column in table.columns]
     lines = [_line(head), _line(["--:" if column.number else ":--" for column in table.columns])]
     lines += [_line([_cell(cell) for cell in row]) for row in table.rows]
-    parts = [f"**{escape(table.title)}**"] if table.title else []
-    parts.append("\n".join(lines))
+    parts = ["\n".join(lines)]
     notes = [f"<sup>{letter}</sup> {escape(words)}" if letter else escape(words) for letter, words in table.notes]
-    return [*parts, "  \n".join(notes)] if notes else parts
+    parts += ["  \n".join(notes)] if notes else []
+    if table.folded:
+        return _folded(table.title, parts)
+    return [f"**{escape(table.title)}**", *parts] if table.title else parts
 
 
 def _line(cells: list[str]) -> str:

@@ -1,11 +1,11 @@
-"""The report as one HTML page that needs nothing but itself: styles and plots are inside, and there is no script."""
+"""A page as HTML that needs nothing but itself: styles and plots are inside, and there is no script."""
 
 from __future__ import annotations
 
 from html import escape
 
 from . import plots
-from .document import Block, Cell, Document, Failure, Heading, Plot, Plots, Table, Tiles, Words
+from .blocks import Block, Cell, Column, Document, Failure, Heading, Plot, Plots, Table, Tiles, Words
 
 STYLE = """\
 :root{--ink:#1f2329;--muted:#59636f;--line:#d0d7df;--faint:#eceff3;--lane:#f3f5f8;--paper:#fff;--link:#0a5a94;
@@ -33,6 +33,7 @@ nav{display:flex;flex-wrap:wrap;gap:4px 18px}
 a{color:var(--link)}
 .words,figcaption,.notes{color:var(--muted)}
 p.missing,p.fail{padding:8px 12px;border-left:4px solid var(--warn);background:var(--warnbg);max-width:none}
+p.pass{padding:8px 12px;border-left:4px solid var(--pass);background:var(--passbg);max-width:none}
 p.fail{border-color:var(--fail);background:var(--failbg)}
 .tiles{display:grid;grid-template-columns:repeat(3,1fr);gap:12px;margin:20px 0}
 .tile{border:1px solid var(--line);border-radius:8px;padding:10px 14px}
@@ -60,9 +61,10 @@ td:last-child:not(.number) b{white-space:normal}
 .ours{background:var(--ours)}
 .strong b{font-weight:650}
 .muted,.muted b{color:var(--muted)}
-.even{table-layout:fixed;width:100%;min-width:760px}
-.even th:first-child{width:24%}
-.even tbody th{white-space:normal;padding-right:14px}
+.facets td{min-width:10.5em}.facets td b{white-space:normal}
+.facets thead small{font-weight:400}
+.facets tbody th{white-space:normal;min-width:11em}
+.checks .bar{min-width:70px}.checks thead small{font-weight:400}
 .prose td:not(.number){min-width:15em;max-width:44em}
 .prose th b,.prose td:not(.number) b{white-space:normal;overflow-wrap:anywhere}
 .prose tbody th{white-space:normal;min-width:9em;max-width:16em}
@@ -75,7 +77,7 @@ td.fail{background:var(--failbg)}
 sup{font-size:10px;line-height:0;font-weight:400;color:var(--muted);margin-left:1px}
 .notes{list-style:none;margin:4px 0 16px;padding:0;font-size:12.5px;max-width:100ch;overflow-wrap:anywhere}
 .failure{border:1px solid var(--fail);border-left-width:5px;border-radius:6px;padding:2px 16px 10px;margin:16px 0}
-.failure h3{color:var(--fail);margin-top:10px;overflow-wrap:anywhere}
+.failure h4,.failure summary{color:var(--fail);margin-top:10px;overflow-wrap:anywhere}
 pre{background:var(--lane);border:1px solid var(--line);border-radius:6px;padding:10px 12px;overflow-x:auto;
 font-size:12.5px;line-height:1.45}
 code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
@@ -96,6 +98,11 @@ NAVIGATION = (
     ("speed", "Speed"),
     ("tuning", "Tuning"),
     ("correctness", "Correctness"),
+    ("mutants", "Mutants"),
+    ("sanitizers", "Sanitizers"),
+    ("properties", "Properties"),
+    ("facets", "Kinds of input"),
+    ("counterexamples", "Counterexamples"),
     ("method", "Method"),
 )
 
@@ -112,7 +119,7 @@ def render(document: Document) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>coordroute on {escape(document.title)}</title>
+<title>{escape(document.title)}</title>
 <style>
 {STYLE}
 {plots.STYLE}
@@ -121,7 +128,7 @@ def render(document: Document) -> str:
 <body>
 <header>
 <p class="brand">coordroute</p>
-<h1>{escape(document.title)}</h1>
+<h1>{escape(document.heading)}</h1>
 <p class="facts">{escape(document.subtitle)}</p>
 <p class="verdict {document.verdict.tone}">{escape(document.verdict.words)}</p>
 <nav>{links}</nav>
@@ -155,7 +162,10 @@ def _block(block: Block) -> str:
             return _table(block)
         case Failure():
             code = f"<pre><code>{escape(block.code)}</code></pre>" if block.code else ""
-            return f'<section class="failure"><h3>✗ {escape(block.title)}</h3><p>{escape(block.message)}</p>{code}</section>'
+            words = f"<p>{escape(block.message)}</p>{code}"
+            if block.folded:
+                return f'<details class="failure"><summary>✗ {escape(block.title)}</summary>{words}</details>'
+            return f'<section class="failure"><h4>✗ {escape(block.title)}</h4>{words}</section>'
 
 
 def _plots(shown: list[Plot]) -> str:
@@ -171,7 +181,7 @@ def _table(table: Table) -> str:
         names = [name for name, on in (("number", number), ("ours", ours), (tone, bool(tone))) if on]
         return f' class="{" ".join(names)}"' if names else ""
 
-    head = "".join(f'<th scope="col"{kind(c.number, c.ours)}>{escape(c.head)}</th>' for c in table.columns)
+    head = "".join(f'<th scope="col"{kind(c.number, c.ours)}>{_head(c)}</th>' for c in table.columns)
     lines = []
     for row in table.rows:
         cells = []
@@ -191,6 +201,10 @@ def _table(table: Table) -> str:
     if table.folded:
         return f"<details><summary>{escape(table.title)}</summary>{inner}</details>"
     return (f"<h4>{escape(table.title)}</h4>" if table.title else "") + inner
+
+
+def _head(column: Column) -> str:
+    return escape(column.head) + (f"<small>{escape(column.sub)}</small>" if column.sub else "")
 
 
 def _cell(cell: Cell) -> str:

@@ -452,3 +452,155 @@ def _gain_legend(canvas: _Canvas, look: Look, x: float, y: float) -> None:
             _marker(canvas.paper, x + 6, y, look if kind == "full" else look._replace(light=MUTED))
         canvas.write(x + 17, y + 0.5, word, fontsize=SMALL)
         x += 17 + _measured(word, SMALL) + 16
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+_POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_LEAST = -24
+"""The first bin of a histogram over powers of two: all that is smaller, and 0."""
+
+Distributions = dict[str, Json]
+"""Quantity -> what is said of its errors, of one dtype."""
+
+
+def _shares(histogram: list[list[int]]) -> tuple[list[float], list[float]]:
+    """Where the distribution function of a histogram over powers of two steps, as exponents, and to which share."""
+    total = sum(count for _, count in histogram)
+    ends, shares, below = [], [], 0
+    for exponent, count in sorted(map(tuple, histogram)):
+        below += count
+        ends.append(float(exponent + 1))
+        shares.append(below / total)
+    return ends, shares
+
+
+def _exponents(panels: dict[str, Distributions]) -> tuple[int, int]:
+    found = [
+        exponent
+        for panel in panels.values()
+        for row in panel.values()
+        for whose in ("ours", "plain")
+        for exponent, _ in row[whose]["histogram"]
+        if exponent > _LEAST
+    ]
+    return (min(found, default=0) - 1, max(found, default=0) + 2)
+
+
+def ulps(op: str, panels: dict[str, Distributions], beside: dict[str, Distributions]) -> str:
+    """The distribution functions of the errors in ulps, ours against plain torch: dtypes side by side, quantities below each other.
+
+    Args:
+        op: whose.
+        panels: dtype -> quantity -> a row of verify's distributions.
+        beside: all with which a reader may compare these: they get the same axis and the same rows.
+
+    Returns:
+        The <svg> element.
+    """
+    look = _KNOWN.get((op, "coordroute"), _FREE[0])._replace(marker="o", size=6.0)
+    with _matplotlib():
+        names = list(dict.fromkeys(name for panel in beside.values() for name in panel))
+        label = max(_measured(_short(name, 30), FONT) for name in names) + 52
+        each, lane, gap, top = WIDTH - label - RIGHT, 74.0, 18.0, 68.0
+        width = label + len(panels) * each + (len(panels) - 1) * 46 + RIGHT
+        height = len(names) * (lane + gap) - gap
+        canvas = _Canvas(width, top + height + 46)
+        _ulps_legend(canvas, look, 14, 42)
+        limits = _exponents(beside)
+        for position, (dtype, panel) in enumerate(panels.items()):
+            left = label + position * (each + 46)
+            words = _short(f"{op}, {dtype}", 40)
+            canvas.write(14 if len(panels) == 1 else left, 18, words, fontweight="bold", fontsize=13)
+            for number, name in enumerate(names):
+                y = top + number * (lane + gap)
+                if position == 0:
+                    canvas.write(label - 34, y + lane / 2, _short(name, 30), ha="right")
+                _ulps_lane(canvas, _Box(left, y, each, lane, *limits), panel.get(name), look)
+            ticks = _Box(left, top, each, height, *limits)
+            for tick in ticks.ticks():
+                canvas.write(ticks.x(tick), top + height + 14, _power(tick), color=MUTED, fontsize=SMALL, ha="center")
+            canvas.write(left + each / 2, top + height + 32, "error in ulps, at most", color=MUTED, fontsize=SMALL, ha="center")
+        return canvas.svg(f"Errors of {op} in ulps, ours and plain torch, {', '.join(panels)}")
+
+
+class _Box(NamedTuple):
+    """A lane in pixels: exponents of two from ``low`` to ``high`` along it, shares from 0 to 1 up it."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    low: int
+    high: int
+
+    def x(self, exponent: float) -> float:
+        return self.left + self.width * (min(max(exponent, self.low), self.high) - self.low) / (self.high - self.low)
+
+    def y(self, share: float) -> float:
+        return self.top + self.height * (1.0 - share)
+
+    def ticks(self) -> list[int]:
+        step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if (self.high - self.low) / step <= 7)
+        return [tick for tick in range(-1500, 1500, step) if self.low <= tick <= self.high]
+
+
+def _ulps_lane(canvas: _Canvas, box: _Box, row: Json | None, look: Look) -> None:
+    """Drawn on the canvas itself: axes for each of so many lanes would take seconds."""
+    paper = canvas.paper
+    right, bottom = box.left + box.width, box.top + box.height
+    paper.fill_between([box.left, right], bottom + 3, box.top - 5, color=LANE, linewidth=0, zorder=-5)
+    for tick in box.ticks():
+        paper.plot([box.x(tick)] * 2, [box.top - 5, bottom + 3], color=GRID, linewidth=0.7, zorder=-4)
+    for share, words in ((0.0, "0"), (0.5, "½"), (1.0, "1")):
+        paper.plot([box.left, right], [box.y(share)] * 2, color=GRID, linewidth=0.7, zorder=-4)
+        canvas.write(box.left - 6, box.y(share), words, color=MUTED, fontsize=SMALL, ha="right")
+    if row is None:
+        canvas.write((box.left + right) / 2, box.y(0.5), "not measured", color=MUTED, fontsize=SMALL, ha="center")
+        return
+    for whose in ("ours", "plain"):
+        _curve(canvas, box, row[whose], look if whose == "ours" else None)
+
+
+def _curve(canvas: _Canvas, box: _Box, errors: Json, look: Look | None) -> None:
+    ends, shares = _shares(errors["histogram"])
+    if not ends:
+        return
+    # what is below the axis is where the curve begins
+    begin = max((share for end, share in zip(ends, shares, strict=True) if end <= box.low), default=0.0)
+    inside = [(end, share) for end, share in zip(ends, shares, strict=True) if end > box.low]
+    x = [float(box.low), *(end for end, _ in inside), float(box.high)]
+    y = [begin, *(share for _, share in inside), 1.0]
+    how: dict[str, Any] = {"color": MUTED, "linewidth": 1.5, "linestyle": (0, (4, 2)), "zorder": 3}
+    if look is not None:
+        how = {"color": look.light, "linewidth": 2.2, "zorder": 2}
+    canvas.paper.step([box.x(one) for one in x], [box.y(one) for one in y], where="post", solid_capstyle="butt", **how)
+    if usable(errors["max"]):
+        worst = box.x(math.log2(errors["max"]))
+        if look is None:
+            _hollow(canvas.paper, worst, box.y(1.0))
+        else:
+            _marker(canvas.paper, worst, box.y(1.0), look, zorder=5)
+
+
+def _power(exponent: int) -> str:
+    return "1" if exponent == 0 else f"2{str(exponent).translate(_POWERS)}"
+
+
+def _ulps_legend(canvas: _Canvas, look: Look, x: float, y: float) -> None:
+    for word, ours, marker in (
+        ("ours: share of rows", True, False),
+        ("largest", True, True),
+        ("plain torch", False, False),
+        ("largest", False, True),
+    ):
+        if marker and ours:
+            _marker(canvas.paper, x + 8, y, look)
+        elif marker:
+            _hollow(canvas.paper, x + 8, y)
+        elif ours:
+            canvas.paper.plot([x, x + 16], [y, y], color=look.light, linewidth=2.2)
+        else:
+            canvas.paper.plot([x, x + 16], [y, y], color=MUTED, linewidth=1.5, linestyle=(0, (4, 2)))
+        canvas.write(x + 21, y + 0.5, word, fontsize=SMALL)
+        x += 21 + _measured(word, SMALL) + 16

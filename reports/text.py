@@ -53,6 +53,12 @@ def error(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.1e}" if abs(value) < 0.001 or abs(value) >= 1000 else f"{value:.2g}"
 
 
+def ulps(value: float | None) -> str:
+    """An error in ulps with two significant digits: ``0.15``, ``111``, ``4.9e+06``."""
+    large = value is not None and math.isfinite(value) and abs(value) >= 9999.5
+    return f"{value:.1e}" if large else figure(value, 2)
+
+
 def percent(value: float | None) -> str:
     """A share: ``34 %``; a small one is not rounded to nothing and one over the whole not to it."""
     if value is None:
@@ -66,6 +72,13 @@ def percent(value: float | None) -> str:
     if 0.995 <= value < 1 or 1 < value < 1.005:
         return "< 100 %" if value < 1 else "> 100 %"
     return f"{100 * value:.0f} %"
+
+
+def share(part: int, whole: int) -> str:
+    """A small share with two significant digits: ``0.031 %``; a dash for none."""
+    if not part or not whole:
+        return NOTHING
+    return f"{figure(100 * part / whole, 2)} %"
 
 
 def count(value: int | float | None) -> str:

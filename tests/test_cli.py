@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -15,15 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from coordroute import cli, coordinate_descent, soft_topk
-from coordroute.autotune import benchmark, search, space, store, targets, worker
+from coordroute.autotune import benchmark, sanitize, search, space, store, targets, worker
 from coordroute.autotune import device as devices
 from coordroute.autotune.fingerprint import kernel_sha256
 from coordroute.kernels import config as kernel_config
 from coordroute.kernels.config import Key, LaunchConfig
-from coordroute.reference import verify
+from coordroute.reference import others, verify
 
 CPU = torch.device("cpu")
-COMMANDS = ("autotune", "verify", "benchmark", "report", "configs", "env")
+COMMANDS = ("autotune", "verify", "benchmark", "sanitize", "report", "configs", "env")
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +79,9 @@ def one_line_error(said: tuple[int, str, str], prog: str, *parts: str) -> None:
 
 
 def test_constants_are_those_of_the_modules_that_are_imported_late():
-    assert cli.OPS == kernel_config.OPS == verify.KINDS
-    assert kernel_config.DTYPES == cli.DTYPES
+    assert cli.OPS == kernel_config.OPS and cli.KINDS == verify.KINDS
+    assert kernel_config.DTYPES == cli.DTYPES and set(verify.DTYPES) == set(cli.DTYPES)
+    assert sanitize.TOOLS == cli.SANITIZERS
     assert tuple(space.EFFORTS) == cli.EFFORTS
     assert cli.MEASURED_OPS == benchmark.OPS
 
@@ -149,6 +152,9 @@ def test_version(capsys):
         (["verify", "--op", "math:sqrt"], ["--op is given without --kind", "soft_topk, coordinate_descent"]),
         (["verify", "--kind", "soft_topk"], ["--kind is given without --op", "MODULE:FUNCTION"]),
         (["verify", "--kind", "softmax", "--op", "math:sqrt"], ["--kind", "'softmax'", "coordinate_descent"]),
+        (["verify", "--dtypes", "float32,int8"], ["--dtypes is 'float32,int8'", "names 'int8'", "bfloat16"]),
+        (["sanitize", "--tools", "memchek"], ["--tools is 'memchek'", "memcheck", "synccheck"]),
+        (["sanitize", "--seconds", "0"], ["--seconds is '0'", "at least 1"]),
         (["verify", "--op", "math.sqrt", "--kind", "soft_topk"], ["--op", "'math.sqrt'", "MODULE:FUNCTION"]),
         (
             ["verify", "--op", "nowhere_at_all:f", "--kind", "soft_topk"],
@@ -174,6 +180,7 @@ def test_version(capsys):
         (["report", "--input", "file"], ["--input is 'file'", "not a folder"]),
         (["report", "--input", "folder"], ["--input is 'folder'", "verify.json"]),
         (["report", "--input", "corrupt"], ["--input is 'corrupt'", "verify.json is not JSON"]),
+        (["report", "--input", "old"], ["--input is 'old'", "verify.json has no facets", "a list is needed"]),
         (["report", "--input", "fine", "--output", "file"], ["--output is 'file'", "is a file", "a folder is needed"]),
         (["verify", "--exampels", "3"], ["unknown argument --exampels 3", "coordroute verify --help"]),
         (["verfy"], ["COMMAND is 'verfy'", "verify"]),
@@ -186,6 +193,8 @@ def test_an_error_is_one_line_that_says_what_came_and_what_is_allowed(run, argv,
     Path("folder").mkdir()
     Path("corrupt").mkdir()
     Path("corrupt/verify.json").write_text("{")
+    Path("old").mkdir()
+    Path("old/verify.json").write_text(json.dumps({name: value for name, value in checked(row()).items() if name != "facets"}))
     Path("fine").mkdir()
     Path("fine/verify.json").write_text(json.dumps(checked(row())))
     Path("raises_cli.py").write_text("x = 1\nraise RuntimeError('two\\nlines')\n")
@@ -391,22 +400,38 @@ def test_ctrl_c_ends_autotune_without_a_traceback_and_the_work_is_kept(tmp_path)
 
 
 def row(verdict: str = "pass", name: str = "values", **changes: object) -> dict:
-    made = {"op": "soft_topk", "property": name, "sentence": "lam", "dtype": "float32", "cases": 77, "left_out": 3}
-    made |= {"worst_error": 1.5e-7, "bound": 3e-6, "worst_ratio": 0.05, "worst_family": "ties", "verdict": verdict, "reason": ""}
+    made = {"op": "soft_topk", "property": name, "sentence": "lam", "derivation": "B", "dtype": "float32", "cases": 77}
+    made |= {
+        "left_out": 3,
+        "failing_facets": [],
+        "worst_error": 1.5e-7,
+        "bound": 3e-6,
+        "worst_ratio": 0.05,
+        "worst_family": "ties",
+        "verdict": verdict,
+        "reason": "",
+    }
     return made | changes
 
 
-def checked(*rows: dict, failures: tuple = ()) -> dict:
+def facet(name: str, dtype: str = "float32", verdict: str = "pass", failed: tuple = (), reason: str = "") -> dict:
+    made = {"op": "soft_topk", "dtype": dtype, "facet": name, "sentence": "rows", "rows": 0 if verdict == "not run" else 48}
+    return made | {"failed": list(failed), "verdict": verdict, "reason": reason}
+
+
+def checked(*rows: dict, failures: tuple = (), facets: tuple = ()) -> dict:
     """The evidence of verify as it stands in a file."""
     made = {"schema": 1, "command": "verify", "device": devices.describe("cpu"), "versions": devices.versions()}
-    made |= {"date": "2026-01-01T00:00:00+00:00", "target": "coordroute", "seed": 7, "examples": 2, "seconds": 1.0}
-    return made | {"ok": not failures, "properties": list(rows), "failures": list(failures)}
+    made |= {"date": "2026-01-01T00:00:00+00:00", "target": "coordroute", "target_version": "coordroute 0.1.0"}
+    made |= {"seed": 7, "examples": 2, "seconds": 1.0, "ok": not failures, "properties": list(rows), "facets": list(facets)}
+    return made | {"distributions": [], "failures": list(failures)}
 
 
-def suite(*rows: dict, failures: tuple = ()) -> dict:
+def suite(*rows: dict, failures: tuple = (), facets: tuple = ()) -> dict:
     """What the suite itself returns."""
-    names = ("seed", "examples", "seconds", "ok", "properties", "failures")
-    return {name: value for name, value in checked(*rows, failures=failures).items() if name in names}
+    whole = checked(*rows, failures=failures, facets=facets)
+    begin = list(whole).index("seed")
+    return dict(list(whole.items())[begin:])
 
 
 def test_verify_judges_our_operators_and_adds_where_and_with_what(run, monkeypatch):
@@ -414,48 +439,85 @@ def test_verify_judges_our_operators_and_adds_where_and_with_what(run, monkeypat
 
     def fake(targets, **rest):
         asked.update(rest, targets=targets)
-        return suite(row(), row("not run", "grad k", cases=0, worst_error=None, bound=None, reason="no case came to it"))
+        unseen = row("not run", "grad k", cases=0, left_out=0, worst_error=None, bound=None, reason="no case came to it")
+        rows = (row(), row(dtype="bfloat16", worst_ratio=0.0, left_out=0), unseen)
+        return suite(*rows, facets=(facet("plain"), facet("long rows", verdict="not run", reason="none is so long")))
 
     monkeypatch.setattr(verify, "run", fake)
-    status, out, err = run("verify", "--device", "cpu", "--examples", "2", "--seed", "7", "--json", "v.json")
+    status, out, err = run(
+        "verify", "--device", "cpu", "--examples", "2", "--seed", "7", "--dtypes", "float32,bfloat16", "--json", "v.json"
+    )
     assert (status, err) == (0, "")
     assert asked["targets"] == {"soft_topk": soft_topk, "coordinate_descent": coordinate_descent}
-    assert (asked["device"], asked["examples"], asked["seed"]) == (CPU, 2, 7)
+    assert (asked["device"], asked["examples"], asked["seed"], asked["dtypes"]) == (CPU, 2, 7, ("float32", "bfloat16"))
+    # processes import both by name
+    assert (
+        asked["where"] == {op: f"coordroute:{op}" for op in cli.OPS}
+        and asked["variants"] == "coordroute.autotune.variants:variants"
+    )
     line = next(line for line in out.splitlines() if line.startswith("values"))
-    assert line.split() == ["values", "float32", "77", "3", "1.5e-07", "/", "3e-06", "ties", "pass"]
+    assert line.split() == ["values", "0.05", "exact", "154", "1.91%"]
+    assert "not run: long rows: none is so long\n" in out and "fails on" not in out
     assert "not run: soft_topk, grad k (float32): no case came to it\n" in out
-    assert "\nAll hold: 1 pass, 1 not run (1 s)\n" in out
+    assert "\nAll hold: 2 pass, 1 not run (1 s)\n" in out
     written = json.loads(Path("v.json").read_text())
     assert set(written) == set(checked())
     assert (written["seed"], written["examples"], written["ok"], written["failures"]) == (7, 2, True, [])
-    assert written["target"] == "coordroute" and written["command"] == "verify" and written["schema"] == 1
+    assert (
+        (written["target"], written["target_version"]) == ("coordroute", "coordroute 0.1.0")
+        and written["command"] == "verify"
+        and written["schema"] == 1
+    )
     assert written["device"] == devices.describe("cpu") and written["versions"] == devices.versions()
     assert written["date"].endswith("+00:00") and written["properties"][0] == row()
 
 
 def test_a_failure_is_printed_with_its_code_and_the_status_is_1(run, monkeypatch):
     code = "case = verify.Case(op='soft_topk', rows=(('[bold]', 0),), " + ", ".join(["'x'"] * 60) + ")\n    print('[red]')"
-    failure = {"op": "soft_topk", "property": "values", "dtype": "float32", "family": "ties", "error": 1.0, "bound": 0.1}
-    failure |= {"message": "soft_topk float32: values: FAILS", "reproducer": code}
-    found = suite(row("fail", worst_error=None), failures=(failure,))
+    failure = {"op": "soft_topk", "property": "values", "dtype": "float32", "facet": "ties", "family": "ties", "error": 1.0}
+    failure |= {"bound": 0.1, "message": "soft_topk float32: values: FAILS", "reproducer": code}
+    also = failure | {"dtype": "bfloat16", "message": "soft_topk bfloat16: values: FAILS", "reproducer": "another"}
+    rows = (row("fail", worst_error=None), row("fail", dtype="bfloat16"))
+    facets = (facet("ties", verdict="fail", failed=("values", "budget")), facet("ties", "bfloat16", "fail", ("values",)))
+    found = suite(*rows, failures=(failure, also), facets=facets)
     monkeypatch.setattr(verify, "run", lambda targets, **rest: found)
     status, out, _ = run("verify", "--device", "cpu")
     assert status == 1
     assert f"\nFAILED: soft_topk float32: values: FAILS\nThis code reproduces it:\n\n{code}\n" in out
-    assert "inf / 3e-06" in out  # JSON has no infinity
-    assert "\nNot all hold: 1 fail (1 s)\n" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["values", "FAILS", "FAILS", "154", "3.75%"] in lines
+    assert ["ties", "values;", "budget", "(float32)"] in lines  # what fails in all dtypes, and in some
+    assert "FAILED: soft_topk bfloat16: values: FAILS" in out and "another" not in out  # the code once for each property
+    assert "\nNot all hold: 2 fail (1 s)\n" in out
+
+
+def test_the_version_of_a_target_is_that_of_its_distribution(tmp_path):
+    torch_version = importlib.metadata.version("torch")
+    assert cli._distribution("torch.nn.functional:softmax") == f"torch {torch_version}"
+    assert cli._distribution("coordroute:soft_topk") == "coordroute 0.1.0"
+    assert cli._distribution("math:sqrt") is None and cli._distribution("nowhere_at_all:f") is None
+    # an adapter says for which distribution it stands; one that is not installed has no version
+    (tmp_path / "adapter_cli.py").write_text("DISTRIBUTIONS = {'f': 'numpy', 'g': 'no-such-distribution'}\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        importlib.import_module("adapter_cli")
+        assert cli._distribution("adapter_cli:f") == f"numpy {importlib.metadata.version('numpy')}"
+        assert cli._distribution("adapter_cli:g") is None and cli._distribution("adapter_cli:h") is None
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("adapter_cli")
+    adapters = [name for name, value in vars(others).items() if getattr(value, "__module__", "") == others.__name__]
+    assert set(others.DISTRIBUTIONS) == set(adapters)
 
 
 WRONG = """
 import os
-import torch
+from coordroute import soft_topk
 print("imported")
 
 def topk(scores, k, *, eps, mask=None):
     os.write(1, b"called\\n")  # as compiled code does
-    eps = torch.as_tensor(eps, dtype=scores.dtype).reshape(-1, 1)
-    masked = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-    return torch.softmax(masked / eps, -1) * torch.as_tensor(k, dtype=scores.dtype).reshape(-1, 1)
+    return soft_topk(scores, k, eps=eps, mask=mask), "no tensor"
 """
 
 
@@ -466,18 +528,19 @@ def test_a_wrong_function_of_the_current_directory_fails_and_the_code_reproduces
     """
     (tmp_path / "wrong_cli.py").write_text(WRONG)
     argv = ("verify", "--device", "cpu", "--op", "wrong_cli:topk", "--kind", "soft_topk", "--examples", "1", "--json")
-    safe = [sys.executable, "-P", "-m", "coordroute", *argv]
+    safe = [sys.executable, "-P", "-m", "coordroute", *argv, "-", "--dtypes", "float32"]
     done = subprocess.run(safe, capture_output=True, text=True, timeout=240, env=dict(os.environ))
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
-    assert found["target"] == "wrong_cli:topk" and found["ok"] is False
+    assert found["target"] == "wrong_cli:topk" and found["target_version"] is None and found["ok"] is False
     assert {"imported", "called"} <= set(done.stderr.splitlines())
     assert "Traceback" not in done.stderr
-    assert {one["op"] for one in found["properties"]} == {"soft_topk"}
-    failure = next(one for one in found["failures"] if one["property"] == "values" and one["dtype"] == "float32")
+    assert {(one["op"], one["dtype"]) for one in found["properties"]} == {("soft_topk", "float32")}
+    assert all(one["failed"] == ["runs"] for one in found["facets"] if one["verdict"] != "not run")
+    (failure,) = found["failures"]
     again = subprocess.run([sys.executable, "-c", failure["reproducer"]], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "values: FAILS" in again.stdout
+    assert "runs: it raised TypeError: it returned a tuple, not a tensor" in again.stdout
 
 
 # --- benchmark -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 from coordroute.autotune import targets
-from coordroute.reports import document, evidence, markdown, plots, summary, text
+from coordroute.reports import comparison, document, evidence, markdown, plots, summary, text
 from coordroute.reports.render import render
 
 DEVICE = {
@@ -28,6 +28,9 @@ VERSIONS = {"coordroute": "0.1.0", "torch": "2.11.0", "triton": "3.6.0", "python
 SHAPES = ((1024, 8192), (4096, 2048), (65536, 256), (32, 8192), (8, 1024), (4, 131072), (1, 1048576))
 COMPILED = ((1024, 8192), (4, 131072))
 TUNED_SHAPES = ((1024, 8192), (1024, 2048), (4096, 256), (64, 32768), (4, 131072))
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+PLOTTED = ("bfloat16", "float32")
+FACETS = {"plain": "normal scores", "masks": "rows with holes", "long rows": "very long ones"}
 PROPERTIES = ("runs", "values", "grad scores", "grad k", "budget", "stationarity", "replays bitwise", "inputs untouched", "scale")
 
 # (op, implementation, forward and backward relative to softmax, floor in µs, dtypes)
@@ -133,10 +136,11 @@ def synthetic_verify(fails=False):
     rng = random.Random(2)
     rows, failures = [], []
     for op in ("soft_topk", "coordinate_descent"):
-        for dtype in ("float16", "bfloat16", "float32", "float64"):
+        for dtype in DTYPES:
             for name in PROPERTIES:
                 ratio = rng.uniform(0, 0.9)
-                row = {"op": op, "property": name, "sentence": f"what {name} says", "dtype": dtype, "cases": rng.randint(200, 4000)}
+                row = {"op": op, "property": name, "sentence": f"what {name} says", "derivation": f"how {name} is bounded"}
+                row |= {"dtype": dtype, "cases": rng.randint(200, 4000), "failing_facets": []}
                 row |= {"left_out": rng.choice([0, 0, 12]), "worst_error": ratio * 4e-7, "bound": 4e-7, "worst_ratio": ratio}
                 row |= {"worst_family": "cauchy", "verdict": "pass", "reason": ""}
                 if name in ("replays bitwise", "inputs untouched", "runs"):
@@ -153,16 +157,104 @@ def synthetic_verify(fails=False):
                     row |= nothing | {"verdict": "not run", "reason": "no case came to it"}
                 if fails and name == "grad scores" and dtype == "float32":
                     row |= {"worst_error": math.inf, "worst_ratio": math.inf, "verdict": "fail", "reason": "row 3 is not finite"}
+                    row["failing_facets"] = ["masks"]
                     failures.append(synthetic_failure(op, name, dtype))
                 rows.append(row)
     made = {**head("verify"), "seconds": 12.3, "seed": 0, "examples": 25, "target": "coordroute", "ok": not failures}
-    return made | {"properties": rows, "failures": failures}
+    made |= {"target_version": "coordroute 0.1.0", "properties": rows, "failures": failures}
+    return made | {"facets": synthetic_facets(rows), "distributions": synthetic_distributions(rng)}
+
+
+def synthetic_facets(rows):
+    made = []
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
+        for facet, sentence in FACETS.items():
+            failed = [
+                row["property"] for row in rows if (row["op"], row["dtype"]) == (op, dtype) and facet in row["failing_facets"]
+            ]
+            one = {"op": op, "dtype": dtype, "facet": facet, "sentence": sentence, "rows": 48, "failed": failed}
+            one |= {"verdict": "fail" if failed else "pass", "reason": ""}
+            if facet == "long rows":
+                one |= {"rows": 0, "verdict": "not run", "reason": "no rows are that long"}
+            made.append(one)
+    return made
+
+
+def synthetic_distributions(rng):
+    made = []
+    for op in ("soft_topk", "coordinate_descent"):
+        for dtype in PLOTTED:
+            for quantity in ("values", "grad scores", "variants"):
+                one = {"op": op, "dtype": dtype, "quantity": quantity, "rows": 700}
+                for whose, factor in (("ours", 1.0), ("plain", 2.5)):
+                    p50 = factor * rng.uniform(0.3, 0.9)
+                    bins = [[-24, 100], [-3, 200], [-1, 300], [1, 90], [9, 10]]
+                    one[whose] = {"p50": p50, "p99.9": 600 * p50, "max": 12345.6 * factor, "histogram": bins}
+                made.append(one)
+    return made
+
+
+def synthetic_other(name="theirs.ops:my_topk", version="theirs 2.0", op="coordinate_descent", dtypes=("float32", "bfloat16")):
+    """verify's file of somebody else's operator, which fails in bfloat16."""
+    made = synthetic_verify()
+    rows = [row for row in made["properties"] if row["op"] == op and row["dtype"] in dtypes]
+    failures = []
+    for row in rows:
+        if row["property"] in ("values", "scale") and row["dtype"] == "bfloat16":
+            row |= {"verdict": "fail", "failing_facets": ["masks"], "worst_ratio": 7.0}
+            failures.append(synthetic_failure(op, row["property"], "bfloat16"))
+    made |= {"target": name, "target_version": version, "ok": not failures, "properties": rows, "failures": failures}
+    return made | {"facets": synthetic_facets(rows), "distributions": []}
+
+
+def synthetic_mutants():
+    names = {
+        "load without mask": "killed",
+        "root moved": "killed",
+        "same <thing>": "survived",
+        "unseen": "survived",
+        "gpu": "not run",
+    }
+    rows = []
+    for name, verdict in names.items():
+        row = {"name": name, "sentence": f"what {name} breaks", "file": "kernels/rows.py", "op": "both", "where": ["gpu"]}
+        row |= {"place": "gpu", "verdict": verdict, "property": None, "check": None, "counterexample": None, "properties": []}
+        row |= {"seconds": 3.25 if verdict != "not run" else None, "explanation": ""}
+        if verdict == "killed":
+            row |= {"property": "values", "check": "any length", "counterexample": f"{name}: error 1, bound 0.5"}
+        rows.append(row)
+    rows[2]["explanation"] = "the sum is the same"
+    control = {"verdict": "passes", "places": ["gpu"], "checks": 38, "seconds": 9.0, "failures": []}
+    made = {"device": DEVICE["name"], "versions": {"torch": "2.11.0"}, "date": "2025-01-02", "seconds": 200.5}
+    return made | {"control": control, "mutants": rows}
+
+
+def synthetic_alarms(*failures):
+    made = {"device": DEVICE["name"], "versions": {"torch": "2.11.0"}, "date": "2025-01-02", "place": "gpu", "runs": 1000}
+    return made | {"first_seed": 1, "checks": 38000, "parts": 1, "seconds": 400.0, "failures": list(failures)}
+
+
+def synthetic_sanitize(errors=0):
+    tools = []
+    for tool in ("memcheck", "racecheck"):
+        bad = errors if tool == "memcheck" else 0
+        group = {"group": "soft_topk resident", "launches": 40, "planned": 40, "configurations": 10, "errors": bad, "foreign": 0}
+        group |= {"verdict": "errors" if bad else "clean", "reason": "", "seconds": 12.5}
+        row = {"tool": tool, "sees_planted_fault": True, "launches": 40, "configurations": 10, "errors": bad, "cases": []}
+        row |= {"verdict": group["verdict"], "reason": "", "seconds": 61.2, "groups": [group], "reports": []}
+        if bad:
+            said = "Invalid __global__ write of size 4 bytes\nat _forward+0x12d0 in soft_topk.py:453"
+            row["reports"] = [{"group": "soft_topk resident", "kernel": "_forward", "text": said}]
+        tools.append(row)
+    made = head("sanitize")
+    made["versions"] |= {"compute-sanitizer": "2026.1.0"}
+    return made | {"seconds": 130.0, "self_check": False, "ok": not errors, "tools": tools}
 
 
 def synthetic_failure(op, name, dtype):
     message = f"{op} {dtype}, 1 row(s) of 7: {name}: FAILS; worst row 3: error inf, bound 4e-07"
     code = f'from coordroute import {op}\n\ncase = "```"  # {op} <{name}> & {dtype}\nprint({op}(case))'
-    failure = {"op": op, "property": name, "dtype": dtype, "family": "cauchy", "error": math.inf, "bound": 4e-7}
+    failure = {"op": op, "property": name, "dtype": dtype, "facet": "masks", "family": "cauchy", "error": math.inf, "bound": 4e-7}
     return failure | {"message": message, "reproducer": code}
 
 
@@ -237,7 +329,8 @@ def tables(markdown_text):
 def test_what_is_written(rendered):
     _, files = rendered
     gains = {f"gain-{op}-{direction}.svg" for op in ("soft-topk", "coordinate-descent") for direction in ("forward", "backward")}
-    assert set(files) == {"report.html", "report.md", "speed.svg", "speed-bfloat16.svg"} | gains
+    errors = {"errors-soft-topk.svg", "errors-coordinate-descent.svg"}
+    assert set(files) == {"report.html", "report.md", "speed.svg", "speed-bfloat16.svg"} | gains | errors
     linked = re.findall(r"\]\(([^)]*)\)", files["report.md"])
     assert set(linked) == set(files) - {"report.html", "report.md"}
 
@@ -263,7 +356,7 @@ def test_the_page_needs_nothing_but_itself(rendered):
         for name in ("href", "xlink:href"):
             assert attributes.get(name, "#").startswith("#")
     assert not re.search(r"url\((?!#)|@import", files["report.html"])
-    assert [tag for tag, _ in page.tags].count("svg") == 8
+    assert [tag for tag, _ in page.tags].count("svg") == 8 + 2 * len(PLOTTED)
     assert len(page.ids) == len(set(page.ids))
     for _, attributes in page.tags:
         for value in attributes.values():
@@ -375,18 +468,23 @@ def test_failures_come_with_their_reproducers(rendered):
         assert failure["message"] in page.text
         assert failure["reproducer"] in "".join(page.texts)
         assert f"````python\n{failure['reproducer']}\n````" in files["report.md"]
-    assert "✗ FAIL ∞" in page.text and "row 3 is not finite" in page.text
-    assert "no case came to it" in page.text
+    assert "✗ FAILS" in page.text and "no case came to it" in page.text
+    assert "Something fails on 1 of 2 facets." in page.text
+    (matrix,) = [table for table in tables(files["report.md"]) if table[0] == ["facet", "grad scores"]][:1]
+    assert matrix[2:] == [["plain", "·"], ["masks", "**✗**<br>float32"]]
 
 
 def test_when_all_holds_it_says_so(tmp_path):
     render(write(tmp_path, verify=synthetic_verify()), tmp_path)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "All 70 property checks held (2 more were not run); nothing is said of tuning; nothing is said of speed." in page.text
-    assert "FAIL" not in page.text
+    assert "FAIL" not in page.text and "Nothing fails on any of 2 facets." in page.text
+    assert "sanitize.json, mutants.json and false-alarms.json were not among the evidence" in page.text
+    assert "python tests/mutation/run.py --device cuda --json DIR/mutants.json" in page.text
     assert "coordroute benchmark --peers --json DIR/benchmark.json" in page.text
     assert "coordroute autotune --json DIR/autotune.json" in page.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "verify.json"]
+    plotted = ["errors-coordinate-descent.svg", "errors-soft-topk.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*plotted, "report.html", "report.md", "verify.json"]
 
 
 def test_a_file_that_says_not_ok_is_believed(tmp_path):
@@ -396,14 +494,17 @@ def test_a_file_that_says_not_ok_is_believed(tmp_path):
 
 
 def test_a_target_of_somebody_else_is_named(tmp_path):
-    render(write(tmp_path, verify=synthetic_verify() | {"target": "theirs.ops:my_topk"}), tmp_path)
-    assert "All 70 property checks of theirs.ops:my_topk held" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    for version, said in (("theirs 2.0", "theirs 2.0 (my_topk)"), (None, "theirs.ops:my_topk")):
+        data = synthetic_verify() | {"target": "theirs.ops:my_topk", "target_version": version, "distributions": []}
+        render(write(tmp_path, verify=data), tmp_path)
+        assert f"All 70 property checks of {said} held" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_of_the_markdown_are_well_formed(rendered):
     _, files = rendered
     found = tables(files["report.md"])
-    assert len(found) == 1 + 4 + 4 + 1 + 2 + 1
+    # files, times, keys, candidates, properties, their sentences and figures, facets, errors, method
+    assert len(found) == 1 + 4 + 4 + 1 + 2 + 2 + 3 + 2 + 1
     for head, line, *rows in found:
         assert rows and all(re.fullmatch(r":--|--:", cell) for cell in line)
         assert {len(row) for row in (head, line, *rows)} == {len(head)}
@@ -411,12 +512,156 @@ def test_the_tables_of_the_markdown_are_well_formed(rendered):
     assert headings == ["Speed", "Tuning", "Correctness", "How it was measured"]
 
 
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_of_every_property_its_rows_and_what_was_left_out(rendered):
+    data, files = rendered
+    found = [table for table in tables(files["report.md"]) if table[0][0] == "property" and table[0][-1] == "left out"]
+    assert [table[0] for table in found] == [["property", "float64", "float32", "bfloat16", "float16", "rows", "left out"]] * 2
+    for op, table in zip(("soft_topk", "coordinate_descent"), found, strict=True):
+        for line in table[2:]:
+            of = {row["dtype"]: row for row in data["verify"]["properties"] if (row["op"], row["property"]) == (op, line[0])}
+            for dtype, cell in zip(table[0][1:5], line[1:5], strict=True):
+                row = of[dtype]
+                if row["verdict"] == "fail":
+                    assert cell == "**✗ FAILS**"
+                elif row["verdict"] == "not run":
+                    assert cell == "–<sup>a</sup>" and "<sup>a</sup> no case came to it" in files["report.md"]
+                else:
+                    assert cell == ("exact" if row["bound"] == 0 else markdown.escape(text.percent(row["worst_ratio"])))
+            compared, left = sum(row["cases"] for row in of.values()), sum(row["left_out"] for row in of.values())
+            assert line[5:] == [text.count(compared), text.share(left, left + compared)]
+    said = next(table for table in tables(files["report.md"]) if "bound of the error" in table[0])
+    assert said[2] == ["runs", "what runs says", "how runs is bounded", "soft_topk, coordinate_descent"]
+    assert len(said) == 2 + len(PROPERTIES) and "u is the roundoff of the working precision" in files["report.md"]
+    assert files["report.md"].count("<details>") == files["report.md"].count("</details>") > 3
+
+
+def test_errors_of_every_dtype_and_quantity_stand_beside_plain_torch(rendered):
+    data, files = rendered
+    lines = [line for table in tables(files["report.md"]) if table[0][0] == "dtype and quantity" for line in table[2:]]
+    assert len(lines) == len(data["verify"]["distributions"]) == 12
+    first = next(row for row in data["verify"]["distributions"] if row["dtype"] == "float32")
+    figures = [text.ulps(first[whose][name]) for whose in ("ours", "plain") for name in ("p50", "p99.9", "max")]
+    assert lines[0] == ["float32 values", "700", *figures] and figures[2] == "1.2e+04"
+    assert lines[2][0] == "float32 all launches"
+    assert "soft_topk, float32" in files["errors-soft-topk.svg"] and "all launches" in files["errors-soft-topk.svg"]
+
+
+def test_a_curve_steps_where_the_histogram_says():
+    ends, shares = plots._shares([[1, 10], [-24, 30], [-3, 60]])
+    assert ends == [-23.0, -2.0, 2.0] and shares == [0.3, 0.9, 1.0]
+    box = plots._Box(100.0, 10.0, 60.0, 20.0, -10, 20)
+    assert [box.x(one) for one in (-24, -10, 5, 20, 64)] == [100.0, 100.0, 130.0, 160.0, 160.0]
+    assert (box.y(0.0), box.y(1.0)) == (30.0, 10.0) and box.ticks() == [-10, -5, 0, 5, 10, 15, 20]
+
+
+def test_mutants_are_counted_and_survivors_come_first(tmp_path):
+    alarm = {"seed": 3, "check": "soft_topk: ties", "property": "grad k", "counterexample": "error 2, bound 1"}
+    verify = synthetic_verify() | {"distributions": []}
+    write(tmp_path, verify=verify, mutants=synthetic_mutants(), **{"false-alarms": synthetic_alarms()})
+    render(tmp_path, tmp_path)
+    said, page = (tmp_path / "report.md").read_text(encoding="utf-8"), Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "2 of 4 mutants killed, 2 survived, 1 not run" in page.text and "2 of 4 mutants killed." in page.text
+    assert "the package without a fault passes (38 checks)" in page.text and ("a", {"href": "#mutants"}) in page.tags
+    found = {table[0][0]: table[2:] for table in tables(said)}
+    assert [(line[0], line[3]) for line in found["survived"]] == [
+        ("unseen", "**none: a check is missing**"),
+        ("same &lt;thing&gt;", "the sum is the same"),
+    ]
+    assert found["property that failed first"] == [["values", "2"]]
+    assert [line[0].partition("<br>")[0] for line in found["mutant"]] == [
+        "load without mask", "root moved", "same &lt;thing&gt;", "unseen", "gpu"
+    ]  # fmt: skip
+    assert (
+        f"{text.count(1000)} runs without a fault, each with its own seed, {text.count(38000)} checks: no false alarm." in page.text
+    )
+    assert "mutants.json and false-alarms.json" not in page.text and "sanitize.json was not among the evidence" in page.text
+    write(tmp_path, **{"false-alarms": synthetic_alarms(alarm)})
+    render(tmp_path, tmp_path)
+    said = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "1 false alarm." in said and "FAILED: false alarm: grad k, soft_topk: ties" in said
+
+
+@pytest.mark.parametrize("errors", [0, 2])
+def test_sanitizers_have_a_line_each(tmp_path, errors):
+    render(write(tmp_path, verify=synthetic_verify() | {"distributions": []}, sanitize=synthetic_sanitize(errors)), tmp_path)
+    said = (tmp_path / "report.md").read_text(encoding="utf-8")
+    table = next(table for table in tables(said) if table[0][0] == "tool")
+    verdict, count = ("**errors**", "**2**") if errors else ("clean", "0")
+    assert table[2] == ["memcheck", "accesses out of bounds or misaligned", "seen", "40", "10", count, verdict, "61.2"]
+    assert f"{1 if errors else 2} of 2 tools clean: compute-sanitizer 2026.1.0" in said
+    assert ("```text\nInvalid __global__ write of size 4 bytes" in said) == bool(errors)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert [attributes.get("class") for tag, attributes in page.tags if tag == "p"].count("verdict fail") == bool(errors)
+
+
+def test_many_failures_are_folded(tmp_path):
+    data = synthetic_verify() | {"ok": False, "distributions": []}
+    data["failures"] = [synthetic_failure("soft_topk", name, dtype) for name in PROPERTIES[:4] for dtype in ("float32", "float16")]
+    data["failures"][0]["reproducer"] += " # a longer one"
+    render(write(tmp_path, verify=data), tmp_path)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert [attributes.get("class") for tag, attributes in page.tags if tag == "details"].count("failure") == 4
+    assert "soft_topk: runs, float32, float16: error ∞, bound 4.0e-07, masks, family cauchy" in page.text
+    assert "a longer one" not in page.text
+
+
+def test_implementations_side_by_side(tmp_path):
+    ours, theirs = synthetic_verify() | {"distributions": []}, synthetic_other()
+    older, odd = synthetic_other(version="theirs 0.9"), synthetic_other("odd.ops:f", None, "relaxed_topk")
+    odd["properties"] = [row | {"op": "relaxed_topk"} for row in synthetic_other()["properties"] if row["property"] != "scale"]
+    odd["facets"] = [row | {"op": "relaxed_topk"} for row in theirs["facets"]]
+    odd |= {"failures": [], "ok": True}
+    for row in (*odd["properties"], *odd["facets"]):
+        row |= {"verdict": "pass", "failing_facets": [], "failed": []}
+    write(tmp_path / "in", verify=ours, **{"verify-b-2.0": theirs, "verify-b-0.9": older, "verify-c": odd})
+    names = sorted(path.name for path in render(tmp_path / "in", tmp_path / "out"))
+    assert names == ["comparison.html", "comparison.md", "report.html", "report.md"]
+    said = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    page = Page((tmp_path / "out" / "comparison.html").read_text(encoding="utf-8"))
+    assert page.errors == [] and "Implementations side by side" in page.text
+    found = {table[0][0]: table for table in reversed(tables(said))}
+    heads = [
+        "coordroute 0.1.0<br>soft_topk",
+        "coordroute 0.1.0<br>coordinate_descent",
+        "theirs 0.9 (my_topk)<br>coordinate_descent",
+    ]
+    heads += ["theirs 2.0 (my_topk)<br>coordinate_descent", "odd.ops:f<br>relaxed_topk"]
+    assert found["property"][0][1:] == found["facet"][0][1:] == heads
+    values = next(line for line in found["property"] if line[0] == "values")
+    worst = max(row["worst_ratio"] for row in ours["properties"] if (row["op"], row["property"]) == ("soft_topk", "values"))
+    share = next(row for row in theirs["properties"] if (row["property"], row["dtype"]) == ("values", "float32"))["worst_ratio"]
+    assert values[1] == text.percent(worst)
+    assert values[3] == values[4] == f"**✗ FAILS**<br>float32 {text.percent(share)}<br>bfloat16 ✗"
+    assert [line[-1] for line in found["property"] if line[0] == "scale"] == ["–"]  # not one of its kind
+    masks = next(line for line in found["facet"] if line[0].startswith("masks"))
+    assert masks[1:] == ["holds", "holds", *["**✗ fails**<br>values (bfloat16)<br>scale (bfloat16)"] * 2, "holds"]
+    long = next(line for line in found["facet"] if line[0].startswith("long rows"))
+    assert long[1] == "–<sup>a</sup>" and "<sup>a</sup> no rows are that long" in said
+    assert said.count("FAILED: coordinate&#95;descent: values") == 2 and theirs["failures"][0]["reproducer"] in said
+    assert "theirs 0.9 (my_topk) coordinate_descent: 2 of 18 property checks failed" in page.text
+    assert "coordroute 0.1.0 soft_topk: all of 35 property checks held" in page.text
+    assert "judged by its own run in float64" in said
+
+
+def test_a_folder_of_others_alone_has_a_comparison_and_no_report(tmp_path):
+    write(tmp_path, **{"verify-a": synthetic_other(), "verify-b": synthetic_other()})
+    assert [path.name for path in render(tmp_path, tmp_path / "out")] == ["comparison.html", "comparison.md"]
+    found = evidence.load(tmp_path)
+    assert not found.reported() and list(found.compared()) == ["verify-a.json", "verify-b.json"]
+    # one target twice is told apart by the file
+    labels = [one.label for one in comparison.implementations(found.compared())]
+    assert labels == ["theirs 2.0 (my_topk), verify-a.json", "theirs 2.0 (my_topk), verify-b.json"]
+
+
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 
 def targeted(tmp_path, **measured):
     data = judged(synthetic_benchmark(), memory=MEMORY, host=HOST, cpu="this process may use 1 core", **measured)
-    render(write(tmp_path, benchmark=data, verify=synthetic_verify()), tmp_path)
+    render(write(tmp_path, benchmark=data, verify=synthetic_verify() | {"distributions": []}), tmp_path)
     return data, (tmp_path / "report.md").read_text(encoding="utf-8"), Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
@@ -506,9 +751,28 @@ def test_hostile_texts_stay_texts(tmp_path):
         for candidate in key["candidates"]:
             candidate["reason"] = HOSTILE
     data["autotune"]["dropped"][HOSTILE] = 3
-    for row in (*data["verify"]["properties"], *data["verify"]["failures"]):
-        row |= {name: HOSTILE for name in ("worst_family", "family", "sentence", "reason", "message", "reproducer") if name in row}
-    write(tmp_path / "in", **data)
+    texts = ("worst_family", "family", "sentence", "derivation", "reason", "message", "reproducer")
+    verify = data["verify"]
+    for row in (*verify["properties"], *verify["failures"], *verify["facets"]):
+        row |= {name: HOSTILE for name in texts if name in row}
+    for row in (*verify["facets"], *verify["failures"]):
+        row["facet"] = HOSTILE if row["facet"] == "masks" else row["facet"]
+    for row in verify["distributions"]:
+        row["quantity"] = HOSTILE if row["quantity"] == "grad scores" else row["quantity"]
+    verify |= {"target": f"x:{HOSTILE}", "target_version": HOSTILE}
+    mutants, sanitize = synthetic_mutants(), synthetic_sanitize(errors=1)
+    for row in mutants["mutants"]:
+        row |= {name: HOSTILE for name in ("sentence", "file", "op", "explanation", "counterexample")}
+    sanitize["device"]["name"] = HOSTILE
+    for tool in sanitize["tools"]:
+        tool |= {
+            "tool": f"{tool['tool']} {HOSTILE}",
+            "reason": HOSTILE,
+            "reports": [dict.fromkeys(("group", "kernel", "text"), HOSTILE)],
+        }
+    alarms = synthetic_alarms(dict.fromkeys(("check", "property", "counterexample"), HOSTILE))
+    write(tmp_path / "in", **data, mutants=mutants, sanitize=sanitize)
+    write(tmp_path / "in", **{"false-alarms": alarms, "verify-other": synthetic_other(f"x:{HOSTILE}", HOSTILE)})
     written = render(tmp_path / "in", tmp_path / "out")
     assert sorted(written) == sorted((tmp_path / "out").iterdir())
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -520,12 +784,15 @@ def test_hostile_texts_stay_texts(tmp_path):
     for path in written:
         if path.suffix == ".svg":
             assert "script" not in {tag.tag.rpartition("}")[2] for tag in ElementTree.parse(path).iter()}
-    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", said, flags=re.DOTALL | re.MULTILINE)
-    assert "<script" not in outside and "<img" not in outside
-    assert not re.search(r"(?<!\\)\]\(javascript", outside)
-    for head, *rows in tables(outside):
-        assert {len(row) for row in rows} == {len(head)}
+    for name in ("report", "comparison"):
+        page = Page((tmp_path / "out" / f"{name}.html").read_text(encoding="utf-8"))
+        assert page.errors == [] and not {tag for tag, _ in page.tags} & {"script", "img"}
+        said = (tmp_path / "out" / f"{name}.md").read_text(encoding="utf-8")
+        outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", said, flags=re.DOTALL | re.MULTILINE)
+        assert "<script" not in outside and "<img" not in outside
+        assert not re.search(r"(?<!\\)\]\(javascript", outside)
+        for first, *rows in tables(outside):
+            assert {len(row) for row in rows} == {len(first)}
 
 
 def test_figures_that_are_none_are_no_reason_to_stop(tmp_path):
@@ -556,7 +823,7 @@ def test_figures_that_are_none_are_no_reason_to_stop(tmp_path):
 def test_evidence_without_anything_in_it(tmp_path):
     empty = {"benchmark": synthetic_benchmark(()), "autotune": synthetic_autotune(), "verify": synthetic_verify()}
     empty["autotune"] |= {"keys": [], "dropped": {}, "geometric_mean_gain": None}
-    empty["verify"] |= {"properties": []}
+    empty["verify"] |= {"properties": [], "facets": [], "distributions": []}
     written = render(write(tmp_path / "in", **empty), tmp_path / "out")
     assert [path.name for path in written] == ["report.html", "report.md"]
     said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
@@ -644,11 +911,42 @@ def odd_target(data, **changes):
             r"properties\[0\]\.verdict is 'maybe'; allowed is one of pass, fail, not run",
         ),
         ("verify", spoiled(failures=[{}]), r"has no failures\[0\]\.op"),
+        (
+            "verify",
+            lambda data: json.dumps({k: v for k, v in data.items() if k != "facets"}),
+            "has no facets; a list is needed there",
+        ),
+        ("verify", inner("properties", 0, failing_facets=[1]), r"properties\[0\]\.failing_facets is \[1\]; a list of strings"),
+        ("verify", inner("facets", 0, verdict="maybe"), r"facets\[0\]\.verdict is 'maybe'; allowed is one of pass, fail, not run"),
+        ("verify", inner("distributions", 0, plain={}), r"has no distributions\[0\]\.plain\.p50"),
+        (
+            "verify",
+            lambda data: json.dumps(data).replace("[-24, 100]", "[-24, 0.5]", 1),
+            r"distributions\[0\]\.ours\.histogram is .*; a list of pairs of whole numbers is needed",
+        ),
+        (
+            "sanitize",
+            inner("tools", 0, verdict="maybe"),
+            r"tools\[0\]\.verdict is 'maybe'; allowed is one of clean, errors, not finish",
+        ),
+        ("sanitize", spoiled(command="verify"), "is of the command 'verify'; a file of this name is of 'sanitize'"),
+        (
+            "mutants",
+            inner("mutants", 0, verdict="dead"),
+            r"mutants\[0\]\.verdict is 'dead'; allowed is one of killed, survived, not",
+        ),
+        ("mutants", spoiled(control=None), "control is None; an object is needed"),
+        ("false-alarms", spoiled(runs="many"), "runs is 'many'; a whole number is needed"),
+        ("verify-other", spoiled(command="benchmark"), "is of the command 'benchmark'; a file of this name is of 'verify'"),
         ("verify", spoiled(ok=1), "ok is 1; true or false is needed"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says(tmp_path, command, spoil, reason):
-    data = {"verify": synthetic_verify, "autotune": synthetic_autotune, "benchmark": synthetic_benchmark}[command]()
+    made = {"verify": synthetic_verify, "autotune": synthetic_autotune, "benchmark": synthetic_benchmark}
+    more = {"sanitize": synthetic_sanitize, "mutants": synthetic_mutants, "false-alarms": synthetic_alarms}
+    data = (made | more | {"verify-other": synthetic_other})[command]()
+    if command in more:
+        write(tmp_path, verify=synthetic_verify())
     path = tmp_path / f"{command}.json"
     path.write_text(spoil(data))
     with pytest.raises(ValueError, match=reason) as caught:
@@ -668,7 +966,7 @@ def test_files_that_are_not_text(tmp_path):
 
 
 def test_files_of_different_devices(tmp_path):
-    data = everything()
+    data = everything() | {"verify": synthetic_verify() | {"distributions": []}, "benchmark": synthetic_benchmark(SHAPES[:1])}
     data["verify"]["device"]["driver"] = "another"
     data["autotune"]["versions"]["torch"] = "another"
     write(tmp_path, **data)
@@ -683,7 +981,7 @@ def test_files_of_different_devices(tmp_path):
 def test_without_matplotlib(tmp_path, monkeypatch):
     """Only what has a plot needs it, and says how to get it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    render(write(tmp_path / "a", verify=synthetic_verify()), tmp_path / "out")
+    render(write(tmp_path / "a", verify=synthetic_verify() | {"distributions": []}), tmp_path / "out")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'coordroute\[tune\]'") as caught:
         render(write(tmp_path / "b", autotune=synthetic_autotune()), tmp_path / "nothing")
     assert caught.value.name == "matplotlib" and not (tmp_path / "nothing").exists()
