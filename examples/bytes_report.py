@@ -38,7 +38,7 @@ def show(evidence: Json) -> None:
     console.print(
         f"{evidence['device']['name']}, {evidence['date'][:10]}: {evidence['parameters']:,} parameters, context"
         f" {settings['context']:,}, {settings['steps']:,} steps of {settings['batch'] * settings['context']:,} bytes,"
-        f" {evidence['objective']} bytes are restored" + ("" if evidence["complete"] else "; cut short")
+        f" {evidence.get('objective', 'changed')} bytes are restored" + ("" if evidence["complete"] else "; cut short")
     )
     table = Table(box=box.SIMPLE)
     for title in ("routing", "loss, bits per byte", "of changed bytes", "changed among routed", "tokens/s"):

@@ -339,7 +339,8 @@ def _run_variants(part: _Part, device: torch.device, outcome: _Outcome, say: Say
         for case in proof_cases(part.op, part.dtype, n, part.seed):
             say(text, 0, case)
             for finding in examine(target, case, device, only=names):
-                found = replace(finding, name="variants", message=f"{name}: {finding.to_text()}" if not finding.holds else "")
+                text_of = f"{name}: {finding.to_text()}" if not finding.holds else ""
+                found = replace(finding, name="variants", message=text_of, ulps=None, plain_ulps=None)
                 outcome.add(found, case)
             outcome.rows += len(case.rows)
             outcome.batches += 1

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from . import correctness, faults, plots, text
+from . import correctness, faults, models, plots, text
 from . import evidence as evidence_module
 from .blocks import (
     NO_ROW,
@@ -55,6 +55,7 @@ def build(evidence: Evidence) -> Document:
     blocks += _correctness(evidence, names)
     blocks += faults.mutants(evidence.mutants, evidence.false_alarms)
     blocks += faults.sanitizers(evidence.sanitize)
+    blocks += models.chapter(evidence.training, evidence.colt5)
     blocks += _method(evidence)
     device = evidence.device
     kind = "CPU" if _is_cpu(evidence) else "GPU"

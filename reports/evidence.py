@@ -165,6 +165,16 @@ _SEEN = {"group": TEXT, "kernel": TEXT, "text": TEXT}
 
 _MUTATION_HEAD = {"device": TEXT, "versions": OBJECT, "date": TEXT, "seconds": NUMBER}
 _MUTANTS = {"control": OBJECT, "mutants": LIST}
+_TRAINING = {
+    "command": TEXT,
+    "device": OBJECT,
+    "date": TEXT,
+    "settings": OBJECT,
+    "parameters": WHOLE,
+    "complete": TRUTH,
+    "methods": LIST,
+}
+_COLT5 = {"package_version": TEXT, "device": OBJECT, "date": TEXT, "sizes": OBJECT, "same": LIST, "speed": LIST}
 _CONTROL = {"verdict": TEXT, "checks": WHOLE, "failures": LIST}
 _MUTANT = {
     "name": TEXT,
@@ -192,6 +202,7 @@ class Evidence:
     Attributes:
         verify, autotune, benchmark, sanitize: files of commands, all of one device.
         mutants, false_alarms: of tests/mutation/run.py; they name their own device.
+        training: of examples/train_bytes.py; colt5: of coordroute.integrations.colt5_check.
         others: the further files of verify, by their names; of any device.
     """
 
@@ -201,6 +212,8 @@ class Evidence:
     sanitize: Json | None = None
     mutants: Json | None = None
     false_alarms: Json | None = None
+    training: Json | None = None
+    colt5: Json | None = None
     others: dict[str, Json] = field(default_factory=dict)
 
     def files(self) -> dict[str, Json]:
@@ -226,7 +239,7 @@ class Evidence:
 
 def load(folder: Path) -> Evidence:
     """Reads and checks the evidence of a folder: verify.json, autotune.json, benchmark.json or verify-*.json, at least one of them,
-    and sanitize.json, mutants.json and false-alarms.json.
+    and sanitize.json, mutants.json, false-alarms.json, bytes.json and colt5.json.
 
     Raises:
         ValueError: no file, one that is not what its name says, or files of different devices.
@@ -259,6 +272,8 @@ def load(folder: Path) -> Evidence:
         found.get("sanitize"),
         _read_mutants(mutants) if mutants.exists() else None,
         _read_false_alarms(alarms) if alarms.exists() else None,
+        _read_model(folder / "bytes.json", _TRAINING),
+        _read_model(folder / "colt5.json", _COLT5),
         others,
     )
 
@@ -297,6 +312,15 @@ def _read(path: Path, command: str) -> Json:
 def _check_versions(path: Path, data: Json) -> None:
     for name, value in data["versions"].items():
         _check(path, f"versions.{name}", value, MAYBE_TEXT)
+
+
+def _read_model(path: Path, fields: Json) -> Json | None:
+    if not path.exists():
+        return None
+    data = _parse(path)
+    _fields(path, "", data, fields)
+    _fields(path, "device", data["device"], _DEVICE)
+    return data
 
 
 def _read_mutants(path: Path) -> Json:

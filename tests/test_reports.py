@@ -584,6 +584,32 @@ def test_mutants_are_counted_and_survivors_come_first(tmp_path):
     assert "1 false alarm." in said and "FAILED: false alarm: grad k, soft_topk: ties" in said
 
 
+def test_models_have_a_chapter(tmp_path):
+    run = {"tokens_per_second": 1000.0, "validation": [{"loss": 9.0}, {"loss": 0.5}]}
+    other = {"tokens_per_second": 3000.0, "validation": [{"loss": 0.7}]}
+    training = head("examples/train_bytes.py") | {
+        "settings": {"context": 2048, "share": 8, "steps": 300, "batch": 16},
+        "parameters": 5000000,
+        "complete": False,
+        "methods": [{"says": "exact solver", "runs": [run, other]}, {"says": "not begun", "runs": []}],
+    }
+    timed = {"published": {"median_us": 2000.0}, "patched": {"median_us": 500.0}, "speedup": 4.0, "speedup_ci": [3.5, 4.5]}
+    colt5 = head("colt5") | {
+        "package_version": "0.11.2",
+        "sizes": {"batch": 2, "length": 8192},
+        "same": [{"ok": True}, {"ok": False}],
+        "speed": [timed | {"what": "topk", "published_path": "eager"}],
+    }
+    render(write(tmp_path, verify=synthetic_verify(), bytes=training, colt5=colt5), tmp_path)
+    said = (tmp_path / "report.md").read_text()
+    assert f"| exact solver | 0.6000<br>0.5000–0.7000 | 2 | {text.count(2000)} |" in said and "not begun" not in said
+    assert "The run was cut short" in said and "1 of 2 comparisons" in said
+    assert "| topk | eager | 2.00 | 0.500 | 4.00×<br>3.50–4.50 |" in said
+    del colt5["same"]
+    with pytest.raises(ValueError, match=r"colt5.json has no same"):
+        render(write(tmp_path, verify=synthetic_verify(), colt5=colt5), tmp_path)
+
+
 @pytest.mark.parametrize("errors", [0, 2])
 def test_sanitizers_have_a_line_each(tmp_path, errors):
     render(write(tmp_path, verify=synthetic_verify() | {"distributions": []}, sanitize=synthetic_sanitize(errors)), tmp_path)
