@@ -464,7 +464,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_device(one)
     text = "rows drawn for each operator and dtype, beside up to 48 of each facet (default: %(default)s)"
-    one.add_argument("--examples", metavar="N", type=_whole(1), default=1000, help=text)
+    one.add_argument("--examples", metavar="N", type=_whole(1), default=256, help=text)
     one.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of all draws (default: %(default)s)")
     text = "a function to check instead of ours; the current directory is importable"
     one.add_argument("--op", metavar="MODULE:FUNCTION", type=_reference, help=text)

@@ -654,7 +654,7 @@ def run(
     targets: dict[str, Target],
     *,
     device: torch.device | str | None = None,
-    examples: int = 1000,
+    examples: int = 256,
     seed: int = 0,
     progress: Progress | None = None,
     dtypes: tuple[str, ...] = DTYPES,
