@@ -463,7 +463,7 @@ def _parser() -> argparse.ArgumentParser:
         "  coordroute verify --op mypackage.ops:my_topk --kind soft_topk\n",
     )
     add_device(one)
-    text = "rows drawn for each operator and dtype, beside up to 48 of each facet (default: %(default)s)"
+    text = "rows drawn for each operator and dtype, beside a few dozen of each facet (default: %(default)s)"
     one.add_argument("--examples", metavar="N", type=_whole(1), default=256, help=text)
     one.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of all draws (default: %(default)s)")
     text = "a function to check instead of ours; the current directory is importable"
@@ -472,7 +472,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "begin nothing more after so long (default: no limit)"
     one.add_argument("--seconds", metavar="N", type=_whole(1), help=text)
     text = f"check these dtypes alone, of {', '.join(DTYPES)}"
-    one.add_argument("--dtypes", metavar="DTYPE,...", type=_some_of(DTYPES), default=DTYPES, help=text)
+    one.add_argument("--dtypes", metavar="DTYPE,...", type=_some_of(DTYPES), help=text)
     add_json(one)
 
     one = add(
@@ -906,7 +906,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             examples=arguments.examples,
             seed=arguments.seed,
             progress=progress,
-            dtypes=arguments.dtypes,
+            dtypes=arguments.dtypes or verify.DTYPES,
             seconds=arguments.seconds,
             where=where,
             variants=variants,

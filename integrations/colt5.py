@@ -10,8 +10,7 @@ with these differences:
 
 - Half-precision scores are computed in float32 and rounded once; the result has the dtype that the published code returns.
 - The published Triton kernel has wrong gradients at lengths that are no power of two in 0.9.0 to 0.10.5 (it writes behind the
-  row), and with several checkpoint segments in 0.9.0 to 0.10.16 (it counts one term in each); 0.10.20 has neither fault. Ours
-  are right everywhere.
+  row; ``coordroute verify --op coordroute.reference.others:colt5_kernel`` shows it). Ours are right there.
 - ``checkpoint_segments`` is taken and has no effect: ours keeps one scalar an iteration and row at most, where the published
   kernel keeps a row a segment.
 - There is no second order: the published eager code can be differentiated twice, ours raises (``coordroute.soft_topk`` can be).

@@ -298,7 +298,7 @@ def _fused_newton(
     """A few sweeps, each with the step that follows from it: (hi, lo, done, lam).
 
     Sums are taken in float64, here and below: a lane of a vector adds a whole row one after the other, and equal scores then
-    round in the same direction every time. It costs no time that was seen.
+    round in the same direction every time.
     """
     wide = scale.double()
     unit = torch.finfo(x.dtype).eps

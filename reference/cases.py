@@ -22,8 +22,8 @@ objective than ours, such as entmax's budget_bisect."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 GRADS = ("dense", "one-hot", "expanded", "transposed", "strided")
 """The gradient that is handed to the backward: its values and how they lie in memory."""
-BATCH_ROWS, FACET_ROWS, BATCH_ELEMENTS = 64, 16, 1 << 18
-"""The rows of a batch of everything, of one of another facet, and the most entries of one that has more than one row."""
+BATCH_ELEMENTS = 1 << 18
+"""The most entries of a drawn batch that has more than one row."""
 
 PUBLISHED: dict[str, Any] = {"n_iters": 20, "eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
 """The schedule that CoLT5-attention's router uses."""
@@ -135,27 +135,30 @@ class Facet:
         sentence: what it is, for a person.
         families: the rows.
         length: "power" (powers of two), "any" (no power of two), "long" (65,535 and more), or "mixed" (up to 16,384).
-        eps: temperatures.
+        eps: temperatures; none means 0.1, and of coordinate descent the published one.
         layouts, grads: see :class:`Case`.
-        tensors: whether k and eps are tensors as well as numbers.
+        tensors: (tensor_k, tensor_eps), see :class:`Case`; a kernel is compiled for each combination.
         schedules: of coordinate descent: "published" or "any".
-        segments: whether checkpoint_segments is given, from 2 to n_iters.
+        segments: checkpoint_segments of coordinate descent, at most n_iters are given.
         kinds: the operators that it is for.
+        batch: rows of a batch, fewer where they would have more than ``BATCH_ELEMENTS`` entries.
     """
 
     name: str
     sentence: str
     families: tuple[str, ...] = ("normal", "uniform")
     length: str = "power"
-    eps: tuple[float, ...] = (0.1,)
+    eps: tuple[float, ...] = ()
     layouts: tuple[str, ...] = ("contiguous",)
     grads: tuple[str, ...] = ("dense",)
-    tensors: bool = False
+    tensors: tuple[tuple[bool, bool], ...] = ((False, False),)
     schedules: str = "published"
-    segments: bool = False
+    segments: tuple[int | None, ...] = (None,)
     kinds: tuple[str, ...] = KINDS
+    batch: int = 16
 
 
+_BOTH_OR_NEITHER = ((False, False), (True, True))
 _OURS, _DESCENT = ("soft_topk", "coordinate_descent"), ("coordinate_descent",)
 
 FACETS: dict[str, Facet] = {
@@ -163,9 +166,14 @@ FACETS: dict[str, Facet] = {
     for facet in (
         Facet("plain", "normal and uniform scores, lengths that are powers of two, contiguous"),
         Facet("any length", "lengths that are no power of two, from one entry on", length="any"),
-        Facet("long rows", "65,535 entries to more than a million", length="long"),
-        Facet("k near all", "k at and just below the number of valid entries", ("k = n - 1", "k near the valid"), tensors=True),
-        Facet("k beyond all", "k above it: as a tensor taken for it", ("k >= n", "k beyond the valid"), tensors=True),
+        Facet("long rows", "65,535 entries to more than a million", length="long", batch=2),
+        Facet(
+            "k near all",
+            "k at and just below the number of valid entries",
+            ("k = n - 1", "k near the valid"),
+            tensors=_BOTH_OR_NEITHER,
+        ),
+        Facet("k beyond all", "k above it: as a tensor taken for it", ("k >= n", "k beyond the valid"), tensors=_BOTH_OR_NEITHER),
         Facet("small k", "k of one, below one, and 0", ("k = 1", "fractional k", "k = 0")),
         Facet("masks", "padding that holds NaN, and masks with holes", ("ragged mask", "holes")),
         Facet("all masked", "rows in which nothing is valid, beside others", ("all masked", "holes")),
@@ -174,10 +182,14 @@ FACETS: dict[str, Facet] = {
         Facet("scales", "huge, tiny and far-off scores, and gaps", ("huge scale", "tiny scale", "offset", "cauchy", "bimodal gap")),
         Facet("small eps", "temperatures far below the spread of the scores", eps=(1e-3, 1e-6), kinds=_OURS),
         Facet("schedules", "1 to 50 iterations, with and without eps-scaling", schedules="any", kinds=_DESCENT),
-        Facet("tensors", "k, and eps where it may be, as tensors with a gradient", tensors=True),
+        Facet(
+            "tensors",
+            "k, and eps where it may be, as tensors with a gradient",
+            tensors=(*_BOTH_OR_NEITHER, (True, False), (False, True)),
+        ),
         Facet("strides", "scores that are not contiguous", layouts=families.LAYOUTS[1:]),
         Facet("gradients", "one-hot, expanded, transposed and strided gradients of lam", grads=GRADS[1:]),
-        Facet("segments", "more than one checkpoint segment", segments=True, kinds=_DESCENT),
+        Facet("segments", "more than one checkpoint segment", segments=(2, 3, 7, 20), kinds=_DESCENT),
         Facet(
             "everything",
             "all of these at once",
@@ -186,9 +198,10 @@ FACETS: dict[str, Facet] = {
             (0.1, 0.03, 0.5, 1.0, 1e-3, 1e-6),
             families.LAYOUTS,
             GRADS,
-            tensors=True,
+            tensors=_BOTH_OR_NEITHER,
             schedules="any",
-            segments=True,
+            segments=(None, 1, 2, 3, 7, 20),
+            batch=64,
         ),
     )
 }
@@ -233,21 +246,22 @@ def strategy(
     names = [name for name in kind.families if masks or name in _UNMASKED]
     if not lengths or not names:
         raise ValueError(f"facet {facet!r} has no rows of at most {longest} entries{'' if masks else ' without a mask'}")
-    batch = BATCH_ROWS if facet == "everything" else FACET_ROWS
-    rows_most = {n: max(1, min(batch, BATCH_ELEMENTS // n)) if kind.length != "long" else 2 for n in lengths}
+    rows_most = {n: kind.batch if kind.length == "long" else max(1, min(kind.batch, BATCH_ELEMENTS // n)) for n in lengths}
     row = st.tuples(st.sampled_from(names), st.integers(0, 1 << 16))
     schedules: Any = st.just({})
+    segments: Any = st.none()
     if op == "coordinate_descent":
-        others = ({"n_iters": 1}, {"n_iters": 5}, {"n_iters": 50, "eps_init": 1.0, "eps_decay": 0.9}, {"n_iters": 12, "eps": 0.5})
-        found = [PUBLISHED, *(({"eps": 0.1} | one) for one in others)]
-        if kind.schedules == "published":
-            found = found[:1] if facet != "small eps" else [PUBLISHED | {"eps": eps} for eps in kind.eps]
+        found = [PUBLISHED | {"eps": eps} for eps in kind.eps or (PUBLISHED["eps"],)]
+        if kind.schedules == "any":
+            others = (
+                {"n_iters": 1},
+                {"n_iters": 5},
+                {"n_iters": 50, "eps_init": 1.0, "eps_decay": 0.9},
+                {"n_iters": 12, "eps": 0.5},
+            )
+            found = [PUBLISHED, *(({"eps": 0.1} | one) for one in others)]
         schedules = st.sampled_from(found)
-    # a kernel is compiled for each combination: all four in the facet of that name, both or neither elsewhere
-    tensors = st.just((False, False))
-    if kind.tensors:
-        both = [(False, False), (True, True)]
-        tensors = st.sampled_from([*both, (True, False), (False, True)] if facet == "tensors" else both)
+        segments = st.sampled_from(kind.segments)
 
     def build(
         n: int,
@@ -259,25 +273,21 @@ def strategy(
         grad: str,
         segments: int | None,
     ) -> Case:
-        if op == "coordinate_descent" and segments is not None:
+        if segments is not None:
             segments = min(segments, schedule["n_iters"])
         made = Case(
             op, dtype, n, tuple(rows[: rows_most[n]]), eps,
-            tensor_k=tensors[0], tensor_eps=tensors[1] and op == "soft_topk", layout=layout, grad=grad,
-            segments=segments if op == "coordinate_descent" else None,
+            tensor_k=tensors[0], tensor_eps=tensors[1] and op == "soft_topk", layout=layout, grad=grad, segments=segments,
         )  # fmt: skip
         return replace(made, **schedule)
 
-    segments: Any = st.none()
-    if kind.segments and op == "coordinate_descent":
-        segments = st.sampled_from([2, 3, 7, 20] if facet == "segments" else [None, 1, 2, 3, 7, 20])
     return st.builds(
         build,
         st.sampled_from(lengths),
         st.lists(row, min_size=max(rows_most.values()) if full else 1, max_size=max(rows_most.values())),
-        st.sampled_from(kind.eps),
+        st.sampled_from(kind.eps or (0.1,)),
         schedules,
-        tensors,
+        st.sampled_from(kind.tensors),
         st.sampled_from(kind.layouts),
         st.sampled_from(kind.grads),
         segments,

@@ -208,9 +208,8 @@ def call(
     dtype: torch.dtype,
     layout: str,
     grad: bool = True,
-    keep: bool = False,
 ) -> Called:
-    """Calls an implementation forward and, with ``grad``, backward; ``keep`` keeps the graph for further backwards."""
+    """Calls an implementation forward and, with ``grad``, backward."""
     scores, k, extra = arguments_of(target, case, inputs, device, dtype, layout, grad)
     tensors = [value for value in (scores, k, *extra.values()) if isinstance(value, torch.Tensor)]
     given = [(value.detach(), _memory(value.detach()), _memory(value.detach()).clone()) for value in tensors]
@@ -226,16 +225,14 @@ def call(
     if grad:
         g = _grad_tensor(case, inputs.g, device, dtype)
         guards += guarded(scores)
-        gradients = backward(lam, (scores, k, extra.get("eps")), g, keep)
-    return Called(lam if keep else lam.detach(), gradients, given, guards)
+        gradients = backward(lam, (scores, k, extra.get("eps")), g)
+    return Called(lam.detach(), gradients, given, guards)
 
 
-def backward(lam: torch.Tensor, leaves: Iterable[Any], g: torch.Tensor, keep: bool) -> list[torch.Tensor | None]:
+def backward(lam: torch.Tensor, leaves: tuple[Any, ...], g: torch.Tensor) -> list[torch.Tensor | None]:
     """Gradients of scores, k and eps; None for what is no tensor."""
-    every = list(leaves)
-    tensors = [value for value in every if isinstance(value, torch.Tensor)]
-    made = iter(torch.autograd.grad(lam, tensors, g, retain_graph=keep))
-    return [next(made) if isinstance(value, torch.Tensor) else None for value in every]
+    made = iter(torch.autograd.grad(lam, [value for value in leaves if isinstance(value, torch.Tensor)], g))
+    return [next(made) if isinstance(value, torch.Tensor) else None for value in leaves]
 
 
 def guarded(like: torch.Tensor, holes: int = 3) -> list[torch.Tensor]:
@@ -289,9 +286,9 @@ def _clamped(case: Case, inputs: Inputs) -> Array:
     return np.minimum(inputs.k, inputs.counted().sum(axis=1)) if case.tensor_k else inputs.k
 
 
-def truth_of(case: Case, inputs: Inputs) -> Truth:
-    """The float64 oracle's answer to a case of one of our operators."""
-    unit = compare.roundoff(compare.compute_dtype(getattr(torch, case.dtype)))
+def truth_of(case: Case, inputs: Inputs, unit: float | None = None) -> Truth:
+    """The float64 oracle's answer to a case of one of our operators; ``unit`` is the roundoff, None that of its dtype."""
+    unit = unit or compare.roundoff(compare.compute_dtype(getattr(torch, case.dtype)))
     s, valid, k, eps, g = inputs
     if case.op == "soft_topk":
         return oracles.soft_topk_truth(s, k, eps, valid, g, unit)
@@ -365,17 +362,21 @@ def ulps(error: Array, truth: Array | None, dtype: torch.dtype) -> Array:
         return np.where(size > info.tiny / info.eps, error / (size * info.eps), np.nan)
 
 
-def _judged(case: Case, inputs: Inputs, target: Target | None, device: torch.device) -> Judged:
+def _judged(case: Case, inputs: Inputs, target: Target, device: torch.device) -> Judged:
+    """``target`` and ``device`` are for a relaxed_topk, which is judged by its own float64 run."""
+    if case.op in SOLVERS:
+        return _judged_by_oracle(case, inputs)
+    none = np.zeros(len(inputs.k))
+    return _bounded(case, inputs, _own_truth(target, case, inputs, device), Plain(none, none, none, none, {}))
+
+
+def _judged_by_oracle(case: Case, inputs: Inputs) -> Judged:
+    truth = truth_of(case, inputs)
+    return _bounded(case, inputs, truth, _plain_errors(case, inputs, truth))
+
+
+def _bounded(case: Case, inputs: Inputs, truth: Truth, plain: Plain) -> Judged:
     dtype = getattr(torch, case.dtype)
-    if case.op == "relaxed_topk":
-        truth = _own_truth(target, case, inputs, device) if target is not None else None
-        if truth is None:
-            raise ValueError("a relaxed_topk is judged by its own float64 run; it is needed here")
-        none = np.zeros(len(inputs.k))
-        plain = Plain(none, none, none, none, {})
-    else:
-        truth = truth_of(case, inputs)
-        plain = _plain_errors(case, inputs, truth)
     value_bound = compare.bound(plain.value, truth.error_lam, compare.storage_floor(truth.lam, dtype), dtype)
     bounds = {}
     compute = compare.compute_dtype(dtype)
@@ -409,7 +410,7 @@ def _underflow(case: Case, inputs: Inputs, compute: torch.dtype) -> dict[str, Ar
 @functools.lru_cache(maxsize=64)
 def judge(case: Case) -> Judged:
     """Inputs, truth and bounds of a case of our operators; kept, since the candidates of a search are judged on the same cases."""
-    return _judged(case, draw(case), None, torch.device("cpu"))
+    return _judged_by_oracle(case, draw(case))
 
 
 def _norm(x: Array) -> Array:
@@ -573,15 +574,22 @@ class Entries(NamedTuple):
 
     lam: Array
     free: families.BoolArray  # 0 < lam < 1
+    z: Array  # |log lam| where free, else 0
     relative: Array  # error of an entry relative to it
     mean: Array  # [R], that of the threshold: their mean weighted by lam
     rounded: families.BoolArray  # saturated, or rounded to it
     smallest: float
 
 
+def _smallest(dtype: torch.dtype) -> float:
+    """The least number that is stored: half precision keeps subnormal ones, which kernels in the wider types flush to 0."""
+    stored = torch.finfo(dtype)
+    return stored.tiny * (1.0 if dtype in (torch.float32, torch.float64) else stored.eps)
+
+
 def _entries(trial: Trial) -> Entries:
     rows, stored, unit = trial.rows, torch.finfo(trial.dtype), trial.unit
-    smallest = stored.tiny * (1.0 if trial.dtype in (torch.float32, torch.float64) else stored.eps)
+    smallest = _smallest(trial.dtype)
     lam = np.nan_to_num(trial.answer.lam)
     free = (lam > 0) & (lam < 1) & np.isfinite(rows.s)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -596,7 +604,7 @@ def _entries(trial: Trial) -> Entries:
     lowest = np.where(ones, rows.s, np.inf).min(axis=1, initial=np.inf)
     with np.errstate(invalid="ignore"):
         near = ones & (rows.s <= (lowest + stored.eps * np.where(rows.nan, 1.0, rows.eps))[:, None])
-    return Entries(lam, free, relative, mean, near, smallest)
+    return Entries(lam, free, z, relative, mean, near, smallest)
 
 
 def _known(trial: Trial, values: Array) -> Array:
@@ -638,7 +646,8 @@ def _budget(trial: Trial) -> Iterable[Finding]:
     return [trial.finding("budget", _known(trial, found.budget), limit)]
 
 
-def _slope(trial: Trial, entries: Entries) -> Array:
+def _slope(trial: Trial) -> Array:
+    entries = trial.entries
     resolved = entries.free & (entries.lam >= CERTIFIED)
     most = np.where(resolved, entries.relative, 0.0).max(axis=1, initial=0.0)
     # lam = 1 is also what rounding makes of an entry a little below it; float64 itself rounds s and tau
@@ -647,11 +656,9 @@ def _slope(trial: Trial, entries: Entries) -> Array:
 
 def _own_rounding(trial: Trial) -> Array:
     """Of s - eps log lam and of their mean, in float64, in units of eps: a sum adds up to 16 terms one after the other."""
-    rows, lam = trial.rows, trial.entries.lam
-    with np.errstate(invalid="ignore", divide="ignore"):
-        scores = np.where(np.isfinite(rows.s), np.abs(rows.s), 0.0).max(axis=1, initial=0.0)
-        z = np.where(trial.entries.free, np.abs(np.log(np.where(trial.entries.free, lam, 1.0))), 0.0).max(axis=1, initial=0.0)
-    return 2.0**-49 * (scores / np.where(rows.nan, 1.0, rows.eps) + z)
+    rows = trial.rows
+    scores = np.where(np.isfinite(rows.s), np.abs(rows.s), 0.0).max(axis=1, initial=0.0)
+    return 2.0**-49 * (scores / np.where(rows.nan, 1.0, rows.eps) + trial.entries.z.max(axis=1, initial=0.0))
 
 
 @_property(
@@ -662,7 +669,7 @@ def _own_rounding(trial: Trial) -> Array:
 )
 def _stationarity(trial: Trial) -> Iterable[Finding]:
     found = trial.certificate
-    return [trial.finding("stationarity", _known(trial, found.stationarity), _slope(trial, trial.entries))]
+    return [trial.finding("stationarity", _known(trial, found.stationarity), _slope(trial))]
 
 
 @_property(
@@ -678,7 +685,7 @@ def _duality_gap(trial: Trial) -> Iterable[Finding]:
     lost = rows.valid.sum(axis=1) * (entries.smallest + CERTIFIED * 2.0**-40)
     with np.errstate(divide="ignore", invalid="ignore"):
         square = np.where(entries.free, entries.lam * (entries.relative + entries.mean[:, None]) ** 2, 0.0).sum(axis=1)
-        edge = entries.rounded.sum(axis=1) * _slope(trial, entries) ** 2
+        edge = entries.rounded.sum(axis=1) * _slope(trial) ** 2
         limit = (square + lost + edge + _own_rounding(trial) * rows.valid.sum(axis=1)) / budget + 2.0**-40
     return [trial.finding("duality gap", np.abs(_known(trial, found.duality_gap)), limit)]
 
@@ -690,7 +697,7 @@ def _duality_gap(trial: Trial) -> Iterable[Finding]:
 )
 def _order(trial: Trial) -> Iterable[Finding]:
     inputs, lam, info = trial.inputs, trial.answer.lam, torch.finfo(trial.dtype)
-    rows = inputs.regular() & ~np.isnan(inputs.k)
+    rows = trial.regular & ~np.isnan(inputs.k)
     s = np.where(inputs.valid, inputs.s, -np.inf)
     # best score first; among equals the smallest weight first, so that a difference shows
     order = np.lexsort((lam, -s), axis=1)
@@ -698,8 +705,7 @@ def _order(trial: Trial) -> Iterable[Finding]:
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = sorted_lam - np.minimum.accumulate(sorted_lam, axis=1)
         z = np.where(sorted_lam > 0, np.abs(np.log(sorted_lam)), 0.0)
-        smallest = info.tiny * (1.0 if trial.dtype in (torch.float32, torch.float64) else info.eps)
-        allowed = 2.0 * (sorted_lam * (trial.unit * (16.0 + 4.0 * z) + info.eps / 2) + smallest)
+        allowed = 2.0 * (sorted_lam * (trial.unit * (16.0 + 4.0 * z) + info.eps / 2) + _smallest(trial.dtype))
         worst = np.argmax(np.where(np.isfinite(excess), excess / allowed, np.inf), axis=1)
     at = np.arange(len(worst))
     return trial.some("order", rows, np.nan_to_num(excess[at, worst], nan=np.inf), allowed[at, worst])
@@ -1110,7 +1116,7 @@ def _graph(trial: Trial) -> Iterable[Finding]:
 
     def step() -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         lam = trial.target(scores, k, **extra)
-        return lam.detach(), backward(lam, leaves, g, False)
+        return lam.detach(), backward(lam, leaves, g)
 
     side = torch.cuda.Stream(at)
     side.wait_stream(torch.cuda.current_stream(at))
@@ -1142,14 +1148,7 @@ def _gradcheck(trial: Trial) -> Iterable[Finding]:
     inputs = draw(case)
     if case.op in SOLVERS:
         # differences of 1e-6 must not step over a kink
-        unit = 1e-5
-        if case.op == "soft_topk":
-            truth = oracles.soft_topk_truth(inputs.s, inputs.k, inputs.eps, inputs.valid, inputs.g, unit)
-        else:
-            schedule = case.schedule()
-            truth = oracles.coordinate_descent_truth(
-                inputs.s, inputs.k, eps=case.eps, mask=inputs.valid, g=inputs.g, unit=unit, **schedule
-            )
+        truth = truth_of(case, inputs, 1e-5)
         calm = truth.slack_scores == 0
         case = replace(case, rows=tuple(row for row, keep in zip(case.rows, calm, strict=True) if keep))
         inputs = Inputs(*(array[calm] for array in inputs))
@@ -1196,7 +1195,7 @@ def _opcheck(trial: Trial) -> Iterable[Finding]:
     scores, k, extra = arguments_of(trial.target, trial.case, trial.inputs, trial.device, trial.dtype, "contiguous")
     with _Recorder() as seen:
         lam = trial.target(scores, k, **extra)
-        backward(lam, (scores, k, extra.get("eps")), torch.ones_like(lam), False)
+        backward(lam, (scores, k, extra.get("eps")), torch.ones_like(lam))
     for operator, (differentiated, arguments, keywords) in seen.calls.items():
         # opcheck wants leaves, and only what was differentiated when it was called need be differentiable
         leaves = [

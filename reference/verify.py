@@ -174,10 +174,17 @@ class _Tally:
 
 @dataclass
 class _Failure:
-    """A counterexample; ``text`` stands for the finding where there is none, as of a process that died."""
+    """A counterexample.
+
+    Attributes:
+        case: what it was called on.
+        finding: what failed.
+        lost: whether it ended its process, or hung, or broke the GPU's context: not to be done again to make it smaller.
+    """
 
     case: Case
     finding: Finding
+    lost: bool = False
 
     def size(self) -> tuple[int, int]:
         return len(self.case.rows), self.case.n
@@ -229,6 +236,14 @@ class _Outcome:
             if finding.name not in self.failures or found.size() < self.failures[finding.name].size():
                 self.failures[finding.name] = found
 
+    def lose(self, message: str, case: Case) -> None:
+        """Something ended the part: a failure of "runs", unless that has one."""
+        self.reason = message
+        if "runs" not in self.failures:
+            rows = len(case.rows)
+            self.add(Finding("runs", np.full(rows, np.inf), np.zeros(rows), np.zeros(rows, bool), message), case)
+        self.failures["runs"].lost = True
+
     def merge(self, other: _Outcome) -> None:
         for name, tally in other.tallies.items():
             self.tallies.setdefault(name, _Tally()).merge(tally)
@@ -264,21 +279,30 @@ Say = Callable[[str, int, Case | None], None]
 def _run_part(part: _Part, target: Target, say: Say) -> _Outcome:
     device, outcome, begin = torch.device(part.device), _Outcome(), time.monotonic()
     text = f"{part.op} {part.dtype}, {part.facet}"
-    # what ran is said so that a crash names its case
-    say(text, 0, None)
+    last = Case(part.op, part.dtype)
+
+    def tell(text: str, rows: int, case: Case | None) -> None:
+        nonlocal last
+        last = case or last
+        say(text, rows, case)
+
+    tell(text, 0, None)
     try:
         if part.facet == VARIANTS_FACET:
-            _run_variants(part, device, outcome, say)
+            _run_variants(part, device, outcome, tell)
         elif part.facet == EXECUTION_FACET:
             case = execution_case(part.op, part.dtype)
-            say(text, 0, case)
+            tell(text, 0, case)
             _examine_into(outcome, target, case, device, EXECUTION)
         else:
-            _run_facet(part, target, device, outcome, say)
+            _run_facet(part, target, device, outcome, tell)
     except _Broken as error:
-        outcome.reason = str(error)
+        outcome.lose(str(error), last)
     judge.cache_clear()
     outcome.seconds, outcome.ended = time.monotonic() - begin, time.time()
+    # what was not told row by row
+    told = outcome.rows if part.facet in FACETS else 0
+    say(text, max(part.rows - told, 0), None)
     return outcome
 
 
@@ -310,10 +334,9 @@ def _run_facet(part: _Part, target: Target, device: torch.device, outcome: _Outc
         say(text, len(case.rows), None)
 
     seed = part.seed
-    batch = {"everything": cases.BATCH_ROWS, "long rows": 2}.get(part.facet, cases.FACET_ROWS)
     while outcome.rows < part.rows:
         before = outcome.rows
-        _explore(drawn, math.ceil((part.rows - before) / batch) + 1, seed, False, _but_the_first(note))
+        _explore(drawn, math.ceil((part.rows - before) / FACETS[part.facet].batch) + 1, seed, False, _but_the_first(note))
         seed += 1 << 32
         if outcome.rows == before:  # hypothesis has nothing new to draw
             break
@@ -472,19 +495,15 @@ def _imported(where: str) -> Any:
 
 
 def _serve(pipe: Any) -> None:
-    """A process that performs one task after another; it ends where the GPU was left in an error."""
+    """A process that performs one task after another, until it is killed; it ends where the GPU was left in an error."""
     torch.set_num_threads(1)  # processes share the cores: the oracles must not all use all of them
-    while (task := pipe.recv()) is not None:
-        result = _perform(task, _imported(_part_of(task).where), lambda *what: pipe.send(what))
-        broken = False
+    while True:
+        task = pipe.recv()
+        pipe.send(_perform(task, _imported(_part_of(task).where), lambda *what: pipe.send(what)))
         try:
             _check_context(torch.device(_part_of(task).device))
         except _Broken:
-            broken = True
-        pipe.send(result)
-        if broken:
-            break
-    pipe.close()
+            return
 
 
 @contextlib.contextmanager
@@ -516,22 +535,23 @@ class _Pool:
         self.targets, self.count, self.say = targets, workers, say
         self.workers: list[_Worker] = []
 
-    def perform(self, tasks: list[Task], stop: Callable[[Result], bool] = lambda result: False) -> list[Result | None]:
-        """The results, in the order of the tasks; None for those that were not begun since ``stop`` was true of a result."""
+    def perform(self, tasks: list[Task], stop: Callable[[], bool] = lambda: False) -> list[Result | None]:
+        """The results, in the order of the tasks; None for those that were not begun before ``stop`` was true."""
         if self.count <= 1:
             results: list[Result | None] = []
             for task in tasks:
                 target = self.targets[_part_of(task).op]
                 results.append(_perform(task, target, lambda text, rows, case: self.say(text, rows)))
-                if stop(results[-1]):  # type: ignore[arg-type]
+                if stop():
                     break
             return results + [None] * (len(tasks) - len(results))
         found: dict[int, Result] = {}
         waiting = list(range(len(tasks)))
         assigned: dict[int, int] = {}
-        halted = False
-        while (waiting and not halted) or assigned:
-            while waiting and not halted and len(assigned) < self.count:
+        while waiting or assigned:
+            if stop():
+                waiting.clear()
+            while waiting and len(assigned) < self.count:
                 worker = self._idle()
                 number = waiting.pop(0)
                 worker.task, worker.case, worker.heard = tasks[number], None, time.monotonic()
@@ -546,7 +566,6 @@ class _Pool:
                 if result is not None:
                     found[assigned.pop(id(worker))] = result
                     worker.task = None
-                    halted = halted or stop(result)
         return [found.get(number) for number in range(len(tasks))]
 
     def _idle(self) -> _Worker:
@@ -590,11 +609,8 @@ class _Pool:
         if isinstance(task, _Shrink):
             return task.failure
         part = _part_of(task)  # type: ignore[arg-type]
-        case = worker.case or Case(part.op, part.dtype)
-        lost = np.full(len(case.rows), np.inf)
-        finding = Finding("runs", lost, np.zeros(len(lost)), np.zeros(len(lost), bool), message)
-        outcome = _Outcome(reason=message, ended=time.time())
-        outcome.add(finding, case)
+        outcome = _Outcome(ended=time.time())
+        outcome.lose(message, worker.case or Case(part.op, part.dtype))
         return outcome
 
     def close(self) -> None:
@@ -623,7 +639,7 @@ def _parts(
 ) -> list[_Part]:
     found = []
     # the facets of all come first: they say what a failure hangs on
-    of_facet = cases.FACET_ROWS * (3 if examples > cases.BATCH_ROWS else 2)
+    batches = 3 if examples > FACETS["everything"].batch else 2
     for facet in facets:
         for op in (op for op in KINDS if op in targets):
             if facet in FACETS and op not in FACETS[facet].kinds:
@@ -631,21 +647,19 @@ def _parts(
             if facet == VARIANTS_FACET and (variants is None or op == "relaxed_topk"):
                 continue
             for dtype in dtypes:
-                rows, limit = of_facet, longest
-                if facet == "any length":
-                    rows = 2 * of_facet
-                elif facet in ("long rows", EXECUTION_FACET):
-                    rows = 8
-                elif facet == VARIANTS_FACET and dtype != dtypes[0]:
+                if facet == VARIANTS_FACET and dtype != dtypes[0]:
                     continue  # the code is the same in every dtype, and every shipped configuration has its own proof
-                shards = [rows]
                 if facet == "everything":
-                    shards = [SHARD_ROWS] * (examples // SHARD_ROWS) + [examples % SHARD_ROWS] * (examples % SHARD_ROWS > 0)
+                    shards = [min(SHARD_ROWS, examples - done) for done in range(0, examples, SHARD_ROWS)]
                 elif facet == VARIANTS_FACET:
-                    shards = [rows] * VARIANT_SHARES
-                for number, share in enumerate(shards):
+                    shards = [16] * VARIANT_SHARES
+                elif facet in ("long rows", EXECUTION_FACET):
+                    shards = [8]
+                else:
+                    shards = [FACETS[facet].batch * batches * (2 if facet == "any length" else 1)]
+                for number, rows in enumerate(shards):
                     begin = seed + (number << 40) * (facet == "everything")
-                    found.append(_Part(op, dtype, facet, named[op], variants or "", str(device), share, begin, limit, number))
+                    found.append(_Part(op, dtype, facet, named[op], variants or "", str(device), rows, begin, longest, number))
     # every operator and dtype gets its share early
     return sorted(found, key=lambda part: (facets.index(part.facet), part.share))
 
@@ -663,7 +677,6 @@ def run(
     where: dict[str, str] | None = None,
     variants: str | None = None,
     workers: int | None = None,
-    first_failure: bool = False,
     seconds: float | None = None,
 ) -> dict[str, Any]:
     """Runs the whole suite.
@@ -671,7 +684,7 @@ def run(
     Args:
         targets: operator (one of ``KINDS``) -> the implementation to be judged.
         device: where; None is the current GPU where there is one, else the CPU.
-        examples: rows that hypothesis draws for each operator and dtype from all facets at once, beside 32 to 48 of each facet.
+        examples: rows that hypothesis draws for each operator and dtype from all facets at once, beside a few dozen of each.
         seed: of all draws; the same seed draws the same cases where the same modules are loaded (hypothesis mixes in their
             constants).
         progress: called with (total, done, text, seconds left or None).
@@ -683,7 +696,6 @@ def run(
         variants: "module:function" of a function (op, dtype, device) -> iterable of (name, n, implementation): other launches of
             the same operator, which are held to the same truth. None: there are none.
         workers: processes, each running one part at a time; None is :func:`default_workers`, 1 is this one.
-        first_failure: end as soon as a property has failed, and do not shrink.
         seconds: begin no further part after so long, and say which facets were cut short.
 
     Returns:
@@ -725,18 +737,15 @@ def run(
 
     pool = _Pool(targets, workers, say)
 
-    def enough(result: Result) -> bool:
-        if seconds is not None and time.monotonic() - begin > seconds:
-            return True
-        return first_failure and isinstance(result, _Outcome) and bool(result.failures)
+    def late() -> bool:
+        return seconds is not None and time.monotonic() - begin > seconds
 
     try:
-        results = pool.perform(list(parts), enough)
-        late = _Outcome(reason="there was no time left for all of it")
-        outcomes = [(part, one if isinstance(one, _Outcome) else late) for part, one in zip(parts, results, strict=True)]
+        results = pool.perform(list(parts), late)
+        cut = _Outcome(reason="there was no time left for all of it")
+        outcomes = [(part, one if isinstance(one, _Outcome) else cut) for part, one in zip(parts, results, strict=True)]
         found = _found_of(outcomes)
-        if not first_failure:
-            _shrink_all(pool, found)
+        _shrink_all(pool, found)
     finally:
         pool.close()
     rows = _property_rows(parts, outcomes, found)
@@ -766,12 +775,9 @@ def _found_of(outcomes: list[tuple[_Part, _Outcome]]) -> Found:
 
 
 def _shrink_all(pool: _Pool, found: Found) -> None:
-    """Shrinks as many counterexamples as the time allows, one of every property first."""
-    order = sorted(found, key=lambda key: [other[::2] for other in found].index(key[::2]) + DTYPES.index(key[1]) * len(found))
-    lost = [key for key in order if "process" in found[key][1].finding.message or "hangs" in found[key][1].finding.message]
-    order = [key for key in order if key not in lost and key[2] != "variants"]
-    share = SHRINK_SECONDS_IN_ALL * max(pool.count, 1) / max(len(order), 1)
-    seconds = min(SHRINK_SECONDS, share)
+    """Shrinks the counterexamples, those of the first dtype first; each has its share of the time."""
+    order = sorted((key for key in found if not found[key][1].lost and key[2] != "variants"), key=lambda key: DTYPES.index(key[1]))
+    seconds = min(SHRINK_SECONDS, SHRINK_SECONDS_IN_ALL * max(pool.count, 1) / max(len(order), 1))
     tasks: list[Task] = [_Shrink(*found[key], seconds) for key in order]
     for key, smaller in zip(order, pool.perform(tasks), strict=True):
         if isinstance(smaller, _Failure):

@@ -11,7 +11,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from coordroute import coordinate_descent, soft_topk
+from coordroute import cli, coordinate_descent, soft_topk
 from coordroute.reference import cases, check, compare, families, oracles, properties, strategy, verify
 
 OURS = {"soft_topk": soft_topk, "coordinate_descent": coordinate_descent}
@@ -204,6 +204,11 @@ def test_the_reproducer_reproduces():
 
 def wrong_everywhere(s, k, **rest):
     return soft_topk(s, k, **rest) * (1 - 1e-4)
+
+
+def test_the_command_line_knows_the_same_kinds_and_dtypes():
+    """It has them by heart, since its help must not wait for torch."""
+    assert cli.KINDS == verify.KINDS and set(cli.DTYPES) == set(verify.DTYPES)
 
 
 def test_bad_arguments():
@@ -399,7 +404,7 @@ def test_a_strategy_holds_to_its_facet(name):
     def holds(case):
         assert not any(families.FAMILIES[family].masked for family, _ in case.rows)
         assert case.layout in facet.layouts and case.grad in facet.grads
-        assert (case.segments is None) or facet.segments
+        assert case.segments is None or facet.segments != (None,)
 
     holds()
 
@@ -542,3 +547,30 @@ def test_a_process_that_hangs_fails_its_own_part(tmp_path, monkeypatch):
         workers=2,
     )
     assert not report["ok"] and "it hangs" in report["failures"][0]["message"]
+
+
+def test_a_gpu_that_is_left_in_an_error_fails_the_part(monkeypatch):
+    """Also where every result was right: the error may come of a launch that nobody has waited for."""
+
+    def broken(device):
+        raise verify._Broken("the GPU was left in an error: illegal access")
+
+    monkeypatch.setattr(verify, "_check_context", broken)
+    report = verify.run(
+        {"soft_topk": soft_topk},
+        device="cpu",
+        dtypes=("float32",),
+        facets=("variants",),
+        variants="coordroute.autotune.variants:variants",
+    )
+    assert not report["ok"]
+    (failure,) = (one for one in report["failures"] if one["property"] == "runs")
+    assert "illegal access" in failure["message"]
+
+
+def test_what_there_is_no_time_for_is_said():
+    report = verify.run(
+        {"soft_topk": soft_topk}, device="cpu", dtypes=("float32",), facets=("plain", "ties", "masks"), seconds=1e-9
+    )
+    reasons = {row["facet"]: row["reason"] for row in report["facets"]}
+    assert reasons["masks"] == "there was no time left for all of it" and report["failures"] == []
