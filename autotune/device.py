@@ -33,6 +33,11 @@ class Identity(NamedTuple):
     capability: str
 
 
+def usable_cores() -> int:
+    """The cores that this process may use, where the system says so; else those that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_device() -> torch.device:
     """The device that commands use when none is named: the current GPU where there is one, else the CPU."""
     if torch.cuda.is_available():

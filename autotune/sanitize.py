@@ -119,7 +119,7 @@ def _candidates() -> list[Path]:
         found += [toolkit / "bin" / BINARY, toolkit / "compute-sanitizer" / BINARY]
     package = find_spec("nvidia")
     for folder in (package.submodule_search_locations or []) if package is not None else []:
-        found += sorted(Path(folder).glob(f"*/bin/{BINARY}"))
+        found += sorted([*Path(folder).glob(f"*/{BINARY}/{BINARY}"), *Path(folder).glob(f"*/bin/{BINARY}")], reverse=True)
     return found
 
 
@@ -304,7 +304,7 @@ def _options(tool: str, log: Path) -> list[str]:
 
 def _run_all(jobs: Sequence[Job], device: str, sanitizer: Sanitizer, deadline: float, tell: Callable[[], None]) -> None:
     """Runs the jobs, one a core, in their order; what has not ended at the deadline is killed or never begun."""
-    width = max(1, os.cpu_count() or 1)
+    width = devices.usable_cores()
     waiting, running = list(jobs), list[Job]()
     try:
         while (waiting or running) and time.monotonic() < deadline:

@@ -619,8 +619,12 @@ class _Pool:
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes to run on: all cores but two, at most 14, on a GPU; this one on a CPU, whose kernels use all cores."""
-    return min(14, max(1, (os.cpu_count() or 2) - 2)) if device.type == "cuda" else 1
+    """Processes to run on: all cores but two, at most 30, on a GPU; this one on a CPU, whose kernels use all cores."""
+    if device.type != "cuda":
+        return 1
+    # the cores that this process may use, where the system says so
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return min(30, max(1, cores - 2))
 
 
 # --- the suite -------------------------------------------------------------------------------------------------------
