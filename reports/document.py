@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from . import correctness, faults, models, plots, text
+from . import correctness, faults, models, plots, text, tuning
 from . import evidence as evidence_module
 from .blocks import (
     NO_ROW,
@@ -34,7 +34,6 @@ from .evidence import (
     SOFTMAX,
     Evidence,
     Json,
-    KeyGroup,
     Panel,
     Point,
     Series,
@@ -51,7 +50,13 @@ def build(evidence: Evidence) -> Document:
     blocks: list[Block] = [Tiles(_tiles(evidence, panels)), *_files(evidence)]
     blocks += _targets(evidence)
     blocks += _benchmark(evidence.benchmark, panels, names)
-    blocks += _autotune(evidence.autotune, names)
+    blocks += [Heading("Tuning", anchor="tuning")]
+    if evidence.autotune is None:
+        blocks.append(_missing("autotune", "no gain by tuning is reported"))
+    else:
+        blocks += tuning.chapter(evidence.autotune, names)
+    blocks += tuning.landscape(evidence.exhaustive, names)
+    blocks += tuning.replay(evidence.replay, names)
     blocks += _correctness(evidence, names)
     blocks += faults.mutants(evidence.mutants, evidence.false_alarms)
     blocks += faults.sanitizers(evidence.sanitize)
@@ -167,7 +172,7 @@ def _files(evidence: Evidence) -> list[Block]:
     columns = [Column("evidence", False), Column("date", False), Column("took"), *(Column(name, False) for name in versions)]
     columns.append(Column("driver", False))
     rows = []
-    for command in (*COMMANDS, "sanitize"):
+    for command in (*COMMANDS, "sanitize", "exhaustive", "replay"):
         if command not in files:
             if command not in COMMANDS:
                 continue
@@ -179,7 +184,7 @@ def _files(evidence: Evidence) -> list[Block]:
         said = [Cell(data["versions"].get(name) or "none") for name in versions]
         date = data["date"].replace("T", " ").replace("+00:00", " UTC")
         rows.append(
-            [Cell(f"{command}.json"), Cell(date), Cell(text.duration(data["seconds"])), *said, Cell(data["device"]["driver"])]
+            [Cell(f"{command}.json"), Cell(date), Cell(text.duration(data.get("seconds"))), *said, Cell(data["device"]["driver"])]
         )
     notes = []
     for name, more in (("mutants", evidence.mutants), ("false-alarms", evidence.false_alarms)):
@@ -363,142 +368,6 @@ def _time_cell(point: Point | None, series: Series, notes: Notes) -> Cell:
     return Cell(text.figure(point.median_us), sub, marks, tip=tip, tone="strong" if series.ours else "")
 
 
-# --- autotune --------------------------------------------------------------------------------------------------------
-
-_STATUS = {
-    "timed": "right, and timed in the final round or in the screening",
-    "slower": "right, but not among the fastest of the screening",
-    "wrong": "failed the check against float64",
-    "spills": "spills registers",
-    "does not compile": "does not compile",
-    "crashes": "crashed",
-    "hangs": "did not end",
-    "out of time": "no time was left to verify it",
-}
-
-
-def _autotune(autotune: Json | None, names: Names) -> list[Block]:
-    blocks: list[Block] = [Heading("Tuning", anchor="tuning")]
-    if autotune is None:
-        return [*blocks, _missing("autotune", "no gain by tuning is reported")]
-    groups = evidence_module.key_groups(autotune)
-    if not groups:
-        blocks.append(Words("No key was finished.", "missing"))
-    else:
-        blocks.append(
-            Words(
-                "A key is one operator, direction, dtype and bucket of shapes. Every candidate was verified before it was timed; "
-                "another than the default is taken only where the paired 95 % interval of its time over the default's lies below "
-                "1. The thin bar is the 95 % interval of the tuned median."
-            )
-        )
-    made = []
-    for group in groups:
-        svg = plots.gains(group)
-        if svg is not None:
-            gains = [key["gain"] for key in group.keys if evidence_module.is_tuned(key) and key["gain"] is not None]
-            kept = sum(map(evidence_module.kept_default, group.keys))
-            caption = (
-                f"{group.op} {group.direction}: gains of {text.span(gains)}; the default was kept in {kept} of {len(group.keys)}."
-            )
-            title = f"Default and tuned time, {group.op} {group.direction}"
-            made.append(Plot(title, svg, caption, names("gain", group.op, group.direction)))
-    if made:
-        blocks.append(Plots(made))
-    blocks += [_keys_table(group) for group in groups]
-    blocks += _discarded(autotune)
-    return blocks
-
-
-_UNITS = (
-    ("block", "block {}", 0),
-    ("rows_per_program", "{} rows", None),
-    ("num_warps", "{} warps", 0),
-    ("num_stages", "{} stages", 0),
-    ("checkpoint_segments", "{} segments", None),
-    ("num_threads", "{} threads", 0),
-    ("programs_per_row", "{} programs a row", 1),
-)
-
-
-def configuration(config: Json) -> str:
-    """A launch configuration in a line: ``resident, block 8192, 1 row, 8 warps, 1 stage, 20 segments``."""
-    parts = [str(config["variant"])] if "variant" in config else []
-    for name, form, unused in _UNITS:
-        value = config.get(name)
-        if value is None or (unused is not None and value == unused):
-            continue
-        part = form.format(value)
-        parts.append(part.removesuffix("s") if value == 1 else part)
-    known = {"variant", *(name for name, _, _ in _UNITS)}
-    parts += [f"{name} {value}" for name, value in config.items() if name not in known]
-    return ", ".join(parts) or "empty"
-
-
-def _keys_table(group: KeyGroup) -> Table:
-    columns = [Column("key", False), Column("default µs"), Column("tuned µs"), Column("95 % interval"), Column("gain")]
-    columns += [Column("configuration", False), Column("candidates", False)]
-    rows = []
-    for key in group.keys:
-        row = [Cell(f"{key['key']['dtype']} {text.shape(key['key']['rows'], key['key']['n'])}")]
-        if evidence_module.is_tuned(key):
-            timing, kept = key["timing"], evidence_module.kept_default(key)
-            ci = timing["ci_us"]
-            interval = text.NOTHING if ci is None else f"{text.figure(ci[0])} – {text.figure(ci[1])}"
-            row += [Cell(text.figure(timing["default_us"])), Cell(text.figure(timing["median_us"])), Cell(interval, tone="muted")]
-            row.append(Cell(text.times(key["gain"]), tone="muted" if kept else "strong"))
-            row.append(Cell(configuration(key["config"]) + (" (default)" if kept else "")))
-        else:
-            row += [Cell(text.NOTHING, tone="muted")] * 4 + [
-                Cell("not tuned: the default was not proved or not timed", tone="muted")
-            ]
-        counts = Counter(candidate["status"] for candidate in key["candidates"])
-        row.append(Cell(", ".join(f"{number}\u00a0{status}" for status, number in _by_status(counts)) or "none"))
-        rows.append(row)
-    return Table(f"{group.op} {group.direction}: {text.several(len(rows), 'key')}", columns, rows, folded=True)
-
-
-def _by_status(counts: Counter[str]) -> list[tuple[str, int]]:
-    order = list(_STATUS)
-    return sorted(counts.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0]))
-
-
-REASONS = 3
-"""How many reasons of a status are quoted; the others are counted."""
-
-
-def _discarded(autotune: Json) -> list[Block]:
-    candidates = [candidate for key in autotune["keys"] for candidate in key["candidates"]]
-    counts = Counter(candidate["status"] for candidate in candidates)
-    # the counts that the file gives for what has no candidates, such as keys for which no time was left
-    others = {status: number for status, number in autotune["dropped"].items() if status not in counts}
-    blocks: list[Block] = []
-    if counts:
-        columns = [Column("candidates", False), Column("count"), Column("meaning", False), Column("reasons given", False)]
-        rows = []
-        for status, number in _by_status(counts):
-            reasons = Counter(" ".join(c["reason"].split()) for c in candidates if c["status"] == status and c["reason"].strip())
-            common = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-            said = [f"{times}× {reason}" for reason, times in common[:REASONS]]
-            if len(common) > REASONS:
-                said.append(f"and {text.several(len(common) - REASONS, 'other reason')}")
-            tone = "" if status in ("timed", "slower") else "strong"
-            rows.append(
-                [
-                    Cell(status, tone=tone),
-                    Cell(text.count(number)),
-                    Cell(_STATUS.get(status, "")),
-                    Cell("; ".join(said) or text.NOTHING),
-                ]
-            )
-        blocks.append(Table("What became of the candidates", columns, rows, kind="prose"))
-    for status, number in sorted(others.items()):
-        what, _, why = status.partition(": ")
-        left_out = f"{text.several(number, 'key')} left out, to which the default stays: {why}."
-        blocks.append(Words(left_out if what == "keys left out" else f"{status}: {text.count(number)}.", "missing"))
-    return blocks
-
-
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
@@ -544,10 +413,16 @@ def _method(evidence: Evidence) -> list[Block]:
         timings = [key["timing"] for key in evidence.autotune["keys"] if key["timing"] is not None]
         say("autotune: effort", evidence.autotune["effort"])
         say("autotune: file", evidence.autotune["file"])
+        for name, what in (("groups", "groups of keys"), ("workers", "processes that compile and verify"), ("gpus", "GPUs")):
+            if evidence.autotune.get(name) is not None:
+                say(f"autotune: {what}", evidence.autotune[name])
         say("autotune: keys taken over from an interrupted run", evidence.autotune["resumed"])
         for line in _templates([timing["method"] for timing in timings if timing["method"]]):
             say("autotune: one measurement", line)
         say("autotune: samples", _range([timing["samples"] for timing in timings]))
+    if evidence.exhaustive is not None:
+        say("exhaustive: method", evidence.exhaustive["method"])
+        say("exhaustive: rounds", evidence.exhaustive["rounds"])
     if evidence.verify is not None:
         say("verify: target", f"{evidence.verify['target']} ({evidence.verify['target_version'] or 'of unknown version'})")
         say("verify: seed", evidence.verify["seed"])

@@ -28,12 +28,17 @@ MORE_COMMANDS = {
 }
 """Likewise for files that say how well the verification itself sees, and what else looked. The last two need the repository."""
 
+MADE_BY = {"exhaustive": "exhaust"}
+"""The command of a file that is not named after it."""
+
 OTHERS = "verify-*.json"
 """Further files of verify, of other implementations: they are compared on a page of their own."""
 
 VERDICTS = ("pass", "fail", "not run")
 MUTANT_VERDICTS = ("killed", "survived", "not run")
 TOOL_VERDICTS = ("clean", "errors", "not finished")
+TIMED = "timed"
+"""The status of a candidate that is right and was timed; any other says why it was dropped."""
 
 Json = dict[str, Any]
 
@@ -43,6 +48,8 @@ TRUTH, OBJECT, MAYBE_OBJECT, LIST = "true or false", "an object", "an object or 
 INTERVAL = "a list of two numbers or null"
 TEXTS, BINS = "a list of strings", "a list of pairs of whole numbers"
 MAYBE_TRUTH, OBJECT_OR_TEXT = f"{TRUTH} or null", f"{OBJECT} or {TEXT}"
+NUMBERS, WHOLES, TRIPLES = "a list of numbers, at least one", "a list of whole numbers", "a list of lists of three numbers"
+MAYBE_NUMBERS = f"{NUMBERS}, or null"
 
 _HEAD = {"device": OBJECT, "versions": OBJECT, "date": TEXT, "seconds": NUMBER}
 _DEVICE = {"name": TEXT, "sm_count": WHOLE, "capability": TEXT, "memory_bytes": WHOLE, "driver": TEXT}
@@ -69,7 +76,12 @@ _FIELDS: dict[str, dict[str, str]] = {
     },
     "benchmark": {"method": TEXT, "settings": OBJECT, "results": LIST},
     "sanitize": {"ok": TRUTH, "self_check": TRUTH, "tools": LIST},
+    "exhaustive": {"rounds": WHOLE, "method": TEXT, "keys": LIST},
+    "replay": {"source": TEXT, "seeds": WHOLE, "full_launches": TEXT, "strategies": LIST},
 }
+_UNTIMED = ("exhaustive", "replay")
+"""Files that do not say how long they took."""
+
 _RESULT = {
     **_KEY,
     "implementation": TEXT,
@@ -139,6 +151,33 @@ _FAILURE = {
 _TUNED = {"key": OBJECT, "config": MAYBE_OBJECT, "timing": MAYBE_OBJECT, "gain": MAYBE_NUMBER, "candidates": LIST}
 _TIMING = {"median_us": NUMBER, "ci_us": INTERVAL, "default_us": NUMBER, "samples": WHOLE, "method": TEXT}
 _CANDIDATE = {"status": TEXT, "reason": TEXT}
+_SEARCHED = {"groups": MAYBE_WHOLE, "workers": MAYBE_WHOLE, "gpus": MAYBE_WHOLE, "shipped": MAYBE_OBJECT}
+"""What autotune.json may say of the search; a file from before it did has none."""
+
+_CONFIG = {
+    "variant": TEXT,
+    "block": WHOLE,
+    "rows_per_program": WHOLE,
+    "num_warps": WHOLE,
+    "num_stages": WHOLE,
+    "checkpoint_segments": MAYBE_WHOLE,
+    "num_threads": WHOLE,
+    "programs_per_row": WHOLE,
+    "max_registers": WHOLE,
+}
+_EXHAUSTED = {"key": OBJECT, "default": WHOLE, "seeds": WHOLES, "candidates": LIST}
+_TRIED = {
+    "config": OBJECT,
+    "status": TEXT,
+    "samples": MAYBE_NUMBERS,
+    "registers": MAYBE_WHOLE,
+    "spills": MAYBE_WHOLE,
+    "same_as": MAYBE_WHOLE,
+}
+_STRATEGY = {"name": TEXT, "text": TEXT, "keys": LIST, "regret": OBJECT, "share": OBJECT, "stable": NUMBER, "curve": TRIPLES}
+_REGRET = {"median": NUMBER, "p95": NUMBER, "worst": NUMBER}
+_SHARE = {"median": NUMBER, "worst": NUMBER}
+_REPLAYED = {"key": OBJECT, "candidates": WHOLE, "regret": NUMBERS, "share": NUMBERS, "agreement": NUMBER}
 _TOOL = {
     "tool": TEXT,
     "sees_planted_fault": TRUTH,
@@ -204,6 +243,7 @@ class Evidence:
         mutants, false_alarms: of tests/mutation/run.py; they name their own device.
         training: of examples/train_bytes.py; colt5: of coordroute.integrations.colt5_check.
         others: the further files of verify, by their names; of any device.
+        exhaustive: every candidate of some keys, timed; replay: searches replayed on it. Of the same device as the commands' files.
     """
 
     verify: Json | None = None
@@ -215,10 +255,13 @@ class Evidence:
     training: Json | None = None
     colt5: Json | None = None
     others: dict[str, Json] = field(default_factory=dict)
+    exhaustive: Json | None = None
+    replay: Json | None = None
 
     def files(self) -> dict[str, Json]:
-        """Command -> content, for the files of commands that were there."""
+        """Name without .json -> content, for the files of commands that were there."""
         found = {"verify": self.verify, "autotune": self.autotune, "benchmark": self.benchmark, "sanitize": self.sanitize}
+        found |= {"exhaustive": self.exhaustive, "replay": self.replay}
         return {command: data for command, data in found.items() if data is not None}
 
     def reported(self) -> bool:
@@ -239,7 +282,7 @@ class Evidence:
 
 def load(folder: Path) -> Evidence:
     """Reads and checks the evidence of a folder: verify.json, autotune.json, benchmark.json or verify-*.json, at least one of them,
-    and sanitize.json, mutants.json, false-alarms.json, bytes.json and colt5.json.
+    and sanitize.json, exhaustive.json, replay.json, mutants.json, false-alarms.json, bytes.json and colt5.json.
 
     Raises:
         ValueError: no file, one that is not what its name says, or files of different devices.
@@ -250,7 +293,7 @@ def load(folder: Path) -> Evidence:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}; {needed}")
-    of_device = (*COMMANDS, "sanitize")
+    of_device = (*COMMANDS, "sanitize", "exhaustive", "replay")
     found = {command: _read(path, command) for command in of_device if (path := folder / f"{command}.json").exists()}
     others = {path.name: _read(path, "verify") for path in sorted(folder.glob(OTHERS), key=_natural)}
     if not others and not any(command in found for command in COMMANDS):
@@ -275,6 +318,8 @@ def load(folder: Path) -> Evidence:
         _read_model(folder / "bytes.json", _TRAINING),
         _read_model(folder / "colt5.json", _COLT5),
         others,
+        found.get("exhaustive"),
+        found.get("replay"),
     )
 
 
@@ -295,17 +340,19 @@ def _parse(path: Path) -> Json:
     return data
 
 
-def _read(path: Path, command: str) -> Json:
-    data = _parse(path)
+def _read(path: Path, name: str) -> Json:
+    data, command = _parse(path), MADE_BY.get(name, name)
     if data.get("schema") != SCHEMA or isinstance(data.get("schema"), bool):
         raise ValueError(f"{path} has schema {data.get('schema')!r}; this version reads schema {SCHEMA}")
     if data.get("command") != command:
         raise ValueError(f"{path} is of the command {data.get('command')!r}; a file of this name is of {command!r}")
-    _fields(path, "", data, _HEAD | _FIELDS[command])
+    head = {field: kind for field, kind in _HEAD.items() if not (field == "seconds" and name in _UNTIMED)}
+    _fields(path, "", data, head | _FIELDS[name])
     _fields(path, "device", data["device"], _DEVICE)
     _check_versions(path, data)
     checks = {"verify": _check_verify, "autotune": _check_autotune, "benchmark": _check_benchmark, "sanitize": _check_sanitize}
-    checks[command](path, data)
+    checks |= {"exhaustive": _check_exhaustive, "replay": _check_replay}
+    checks[name](path, data)
     return data
 
 
@@ -393,6 +440,10 @@ def _check_sanitize(path: Path, data: Json) -> None:
 def _check_autotune(path: Path, data: Json) -> None:
     for status, number in data["dropped"].items():
         _check(path, f"dropped[{status!r}]", number, WHOLE)
+    for name, kind in _SEARCHED.items():
+        _check(path, name, data.get(name), kind)
+    for op, number in (data.get("shipped") or {}).items():
+        _check(path, f"shipped[{op!r}]", number, WHOLE)
     for i, key in enumerate(data["keys"]):
         _fields(path, f"keys[{i}]", key, _TUNED)
         _fields(path, f"keys[{i}].key", key["key"], _KEY)
@@ -401,6 +452,52 @@ def _check_autotune(path: Path, data: Json) -> None:
         for j, candidate in enumerate(key["candidates"]):
             _fields(path, f"keys[{i}].candidates[{j}]", candidate, _CANDIDATE)
     _distinct(path, "keys", [key["key"] for key in data["keys"]], tuple(_KEY))
+
+
+def _check_exhaustive(path: Path, data: Json) -> None:
+    for i, key in enumerate(data["keys"]):
+        at = f"keys[{i}]"
+        _fields(path, at, key, _EXHAUSTED)
+        _fields(path, f"{at}.key", key["key"], _KEY)
+        candidates = key["candidates"]
+        _candidate(path, f"{at}.default", key["default"], candidates)
+        for j, seed in enumerate(key["seeds"]):
+            _candidate(path, f"{at}.seeds[{j}]", seed, candidates)
+        for j, one in enumerate(candidates):
+            _fields(path, f"{at}.candidates[{j}]", one, _TRIED)
+            _fields(path, f"{at}.candidates[{j}].config", one["config"], _CONFIG)
+        for j, one in enumerate(candidates):
+            _check_time(path, f"{at}.candidates[{j}]", j, one, candidates)
+    _distinct(path, "keys", [key["key"] for key in data["keys"]], tuple(_KEY))
+
+
+def _check_time(path: Path, at: str, position: int, one: Json, candidates: list[Json]) -> None:
+    """A candidate has samples, or the time of one that has."""
+    same = one["same_as"]
+    if same is not None:
+        _candidate(path, f"{at}.same_as", same, candidates)
+        if same == position or candidates[same]["same_as"] is not None:
+            raise ValueError(f"{path}: {at}.same_as is {same}; a candidate that is the same as no other is needed")
+    if one["status"] == TIMED and (one["samples"] is None) == (same is None):
+        raise ValueError(f"{path}: {at} is {TIMED}; either samples or same_as is needed")
+
+
+def _candidate(path: Path, at: str, index: int, candidates: list[Json]) -> None:
+    if not 0 <= index < len(candidates):
+        raise ValueError(f"{path}: {at} is {index}; the index of one of {len(candidates)} candidates is needed")
+
+
+def _check_replay(path: Path, data: Json) -> None:
+    for i, strategy in enumerate(data["strategies"]):
+        at = f"strategies[{i}]"
+        _fields(path, at, strategy, _STRATEGY)
+        _fields(path, f"{at}.regret", strategy["regret"], _REGRET)
+        _fields(path, f"{at}.share", strategy["share"], _SHARE)
+        for j, key in enumerate(strategy["keys"]):
+            _fields(path, f"{at}.keys[{j}]", key, _REPLAYED)
+            _fields(path, f"{at}.keys[{j}].key", key["key"], _KEY)
+        _distinct(path, f"{at}.keys", [key["key"] for key in strategy["keys"]], tuple(_KEY))
+    _distinct(path, "strategies", data["strategies"], ("name",))
 
 
 def _check_benchmark(path: Path, data: Json) -> None:
@@ -462,15 +559,21 @@ def _check(path: Path, at: str, value: Any, kind: str) -> None:
         INTERVAL: value is None or _is_interval(value),
         TEXTS: isinstance(value, list) and all(isinstance(one, str) for one in value),
         BINS: isinstance(value, list) and all(map(_is_bin, value)),
+        NUMBERS: bool(value) and _are_numbers(value),
+        MAYBE_NUMBERS: value is None or (bool(value) and _are_numbers(value)),
+        WHOLES: _are_numbers(value) and all(isinstance(one, int) for one in value),
+        TRIPLES: isinstance(value, list) and all(_are_numbers(one) and len(one) == 3 for one in value),
     }
     if not fits[kind]:
         raise ValueError(f"{path}: {at} is {_named(value)}; {kind} is needed")
 
 
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+
+
 def _is_interval(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
-    )
+    return _are_numbers(value) and len(value) == 2
 
 
 def _is_bin(value: Any) -> bool:
@@ -643,6 +746,19 @@ def is_tuned(key: Json) -> bool:
 def kept_default(key: Json) -> bool:
     """Whether the default stayed: nothing was surely faster."""
     return is_tuned(key) and key["gain"] == 1
+
+
+def configurations(autotune: Json) -> dict[str, list[Json]]:
+    """Operator -> its distinct configurations, the most frequent first, each with its number of keys: ``{"config", "keys"}``."""
+    found: dict[str, list[Json]] = {}
+    for key in filter(is_tuned, autotune["keys"]):
+        of_op = found.setdefault(key["key"]["op"], [])
+        same = next((one for one in of_op if one["config"] == key["config"]), None)
+        if same is None:
+            of_op.append({"config": key["config"], "keys": 1})
+        else:
+            same["keys"] += 1
+    return {op: sorted(of_op, key=lambda one: -int(one["keys"])) for op, of_op in found.items()}
 
 
 # --- the verification ------------------------------------------------------------------------------------------------

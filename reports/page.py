@@ -97,6 +97,8 @@ NAVIGATION = (
     ("targets", "Targets"),
     ("speed", "Speed"),
     ("tuning", "Tuning"),
+    ("landscape", "Landscape"),
+    ("replay", "Search"),
     ("correctness", "Correctness"),
     ("mutants", "Mutants"),
     ("sanitizers", "Sanitizers"),

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from . import text
+from .candidates import REGRET_GOALS, SHARE_GOAL, Landscape
 from .evidence import SOFTMAX, Json, KeyGroup, Panel, Series, is_tuned, kept_default, usable
 
 WIDTH = 480
@@ -452,6 +453,265 @@ def _gain_legend(canvas: _Canvas, look: Look, x: float, y: float) -> None:
             _marker(canvas.paper, x + 6, y, look if kind == "full" else look._replace(light=MUTED))
         canvas.write(x + 17, y + 0.5, word, fontsize=SMALL)
         x += 17 + _measured(word, SMALL) + 16
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+_Named = tuple[tuple[str, str, int | None], ...]
+"""Fields with their letters, and the value that goes without saying."""
+
+_FIRST: _Named = (("num_warps", "w", 0), ("rows_per_program", "r", 1), ("num_threads", "t", 0))
+_BESIDE: _Named = (("programs_per_row", "p", 1), ("max_registers", "reg", 0), ("checkpoint_segments", "s", None))
+_LETTERS = {
+    "w": "warps",
+    "r": "rows a program",
+    "t": "threads",
+    "b": "block",
+    "p": "programs a row",
+    "reg": "most registers a thread",
+    "s": "segments",
+}
+
+
+def _letters(config: Json) -> list[tuple[str, str]]:
+    """(letter, ``w8``): what a configuration has that is not the same for all of its variant."""
+    parts = [(letter, config.get(name), unused) for name, letter, unused in _FIRST]
+    if config.get("variant") in ("split", "tiled"):
+        parts.append(("b", config.get("block"), 0))
+    parts += [(letter, config.get(name), unused) for name, letter, unused in _BESIDE]
+    return [(letter, f"{letter}{value}") for letter, value, unused in parts if value is not None and value != unused]
+
+
+def short_configuration(config: Json) -> list[str]:
+    """A launch configuration in one or two short lines: ``resident w8 r2`` and what there is beside warps and rows."""
+    said = dict(_letters(config))
+    first = " ".join([_short(str(config.get("variant", "")), 10), *(said.pop(one) for one in ("w", "r", "t") if one in said)])
+    return [first, *([" ".join(said.values())] if said else [])]
+
+
+_Lines = list[tuple[str, str]]
+"""Lines of a cell with their colors."""
+
+
+def _cell_lines(keys: list[Json], dtypes: int) -> _Lines:
+    """What a shape's keys, one a dtype, were tuned to; the dtypes are named where not all came to the same."""
+    groups: dict[tuple[str, ...], list[Json]] = {}
+    for key in keys:
+        groups.setdefault(tuple(short_configuration(key["config"])) if is_tuned(key) else ("not tuned",), []).append(key)
+    lines: _Lines = []
+    for words, alike in groups.items():
+        if len(groups) > 1 or len(keys) < dtypes:
+            lines.append((", ".join(_short(key["key"]["dtype"], 16) for key in alike), MUTED))
+        plain = all(kept_default(key) or not is_tuned(key) for key in alike)
+        lines += [(one, MUTED if plain else INK) for one in words]
+    return lines
+
+
+def configurations(group: KeyGroup) -> str | None:
+    """The tuned configuration of every shape of one operator and direction, as a grid of n by rows.
+
+    Returns:
+        The <svg> element, or None where no key was tuned.
+    """
+    tuned = [key for key in group.keys if is_tuned(key)]
+    if not tuned:
+        return None
+    dtypes = len({key["key"]["dtype"] for key in group.keys})
+    rows, lengths = (sorted({key["key"][name] for key in group.keys}) for name in ("rows", "n"))
+    shapes: dict[tuple[int, int], list[Json]] = {}
+    for key in group.keys:
+        shapes.setdefault((key["key"]["rows"], key["key"]["n"]), []).append(key)
+    used = {letter for key in tuned for letter, _ in _letters(key["config"])}
+    legend = ", ".join(f"{letter} {words}" for letter, words in _LETTERS.items() if letter in used)
+    look = _KNOWN.get((group.op, "coordroute"), _FREE[0])
+    with _matplotlib():
+        cells = {shape: _cell_lines(keys, dtypes) for shape, keys in shapes.items()}
+        each = max(60.0, max(_measured(words, SMALL) for lines in cells.values() for words, _ in lines) + 12)
+        label = max(_measured(str(n), FONT) for n in lengths) + 34
+        width = max(WIDTH, label + len(rows) * each + RIGHT, _measured(legend, SMALL) + 28)
+        each = (width - label - RIGHT) / len(rows)
+        line, top = 13.0, 92.0
+        heights = [line * max(len(cells.get((one, n), [])) for one in rows) + 9 for n in lengths]
+        canvas = _Canvas(width, top + sum(heights) + 14)
+        canvas.write(14, 18, _short(f"{group.op} {group.direction}", 40), fontweight="bold", fontsize=13)
+        canvas.write(14, 37, "tinted: faster than the default; grey: the default was kept", color=MUTED, fontsize=SMALL)
+        canvas.write(14, 52, legend, color=MUTED, fontsize=SMALL)
+        canvas.write(label - 12, top - 12, "n \\ rows", color=MUTED, fontsize=SMALL, ha="right")
+        for column, one in enumerate(rows):
+            canvas.write(label + each * (column + 0.5), top - 12, str(one), ha="center")
+        y = top
+        for n, height in zip(lengths, heights, strict=True):
+            canvas.write(label - 12, y + height / 2, str(n), ha="right")
+            for column, one in enumerate(rows):
+                left = label + each * column
+                changed = any(is_tuned(key) and not kept_default(key) for key in shapes.get((one, n), []))
+                here = cells.get((one, n), [])
+                color, alpha = (look.light, 0.16) if changed else (LANE, 1.0)
+                if here:
+                    edges = [left + 1, left + each - 1]
+                    canvas.paper.fill_between(edges, y + 1, y + height - 1, color=color, alpha=alpha, linewidth=0)
+                for position, (words, ink) in enumerate(here):
+                    at = y + height / 2 + line * (position - (len(here) - 1) / 2)
+                    canvas.write(left + each / 2, at, words, ha="center", fontsize=SMALL, color=ink)
+            y += height
+        return canvas.svg(f"Tuned configuration of every shape of {group.op} {group.direction}")
+
+
+# --- the landscape ---------------------------------------------------------------------------------------------------
+
+_CYCLE = (*(one for name, one in _KNOWN.items() if name[0] != "copy"), *_FREE)
+"""Looks for what has no look of its own, in one panel."""
+
+
+def _kind(config: Json) -> tuple[Any, ...]:
+    """What a line of the landscape is of: a variant with its block, and rows a program or programs a row."""
+    return config["variant"], config["block"], config["rows_per_program"], config["programs_per_row"]
+
+
+def _kind_label(kind: tuple[Any, ...], variants: int) -> str:
+    variant, block, rows, programs = kind
+    said = f"{block} × {rows}" + (f" ÷ {programs}" if programs > 1 else "")
+    return f"{_short(str(variant), 10)} {said}" if variants > 1 else said
+
+
+def landscape(shown: list[Landscape]) -> str | None:
+    """Median time against warps, a small panel for each key: two side by side.
+
+    Returns:
+        The <svg> element, or None where no key has a candidate that was timed and has warps.
+    """
+    shown = [one for one in shown if any(one.configs[i]["num_warps"] > 0 for i in one.timed)]
+    if not shown:
+        return None
+    with _matplotlib():
+        each, left, gap, height, top = 284.0, 52.0, 28.0, 150.0, 50.0
+        columns = min(2, len(shown))
+        width = max(WIDTH, columns * (left + each) + (columns - 1) * gap + RIGHT)
+        each = (width - RIGHT - (columns - 1) * gap) / columns - left
+        legends = []
+        for one in shown:
+            kinds = _kinds(one)
+            variants = len({kind[0] for kind in kinds})
+            entries: list[tuple[str, Look | None]] = [(_kind_label(kind, variants), look) for kind, look in kinds.items()]
+            legends.append(_legend(entries, each + left - 14))
+        # panels of a line of them begin at the same height
+        room = [16.0 * max(map(len, legends[i : i + columns])) for i in range(0, len(shown), columns)]
+        bands = [40.0 + one + height + 52.0 for one in room]
+        canvas = _Canvas(width, top + sum(bands))
+        canvas.write(14, 18, "Median time against warps", fontweight="bold", fontsize=13)
+        x = 14.0
+        for words, ring in (("the default", True), ("the best", False)):
+            _ring(canvas.paper, x + 6, 38, default=ring)
+            canvas.write(x + 18, 38.5, words, fontsize=SMALL)
+            x += 18 + _measured(words, SMALL) + 16
+        canvas.write(x, 38.5, "block × rows a program, ÷ programs a row", color=MUTED, fontsize=SMALL)
+        for position, one in enumerate(shown):
+            line, column = divmod(position, columns)
+            at, y = column * (left + each + gap), top + sum(bands[:line])
+            key = one.key
+            canvas.write(at + 14, y + 14, _short(f"{key['op']} {key['direction']}", 40), fontweight="bold")
+            where = f"{_short(key['dtype'], 16)} {text.shape(key['rows'], key['n'])}"
+            canvas.write(at + 14, y + 29, where, color=MUTED, fontsize=SMALL)
+            _draw_legend(canvas, legends[position], at + 14, y + 45)
+            _landscape_axes(canvas, (at + left, y + 40 + room[line], each, height), one)
+            canvas.write(at + left + each / 2, y + 40 + room[line] + height + 33, "warps", color=MUTED, fontsize=SMALL, ha="center")
+            canvas.write(at + left - 8, y + 40 + room[line] + height + 15, "µs", color=MUTED, fontsize=SMALL, ha="right")
+        return canvas.svg(f"Median time of every candidate against warps, {text.several(len(shown), 'key')}")
+
+
+def _kinds(one: Landscape) -> dict[tuple[Any, ...], Look]:
+    """The lines of a panel with their looks; where there are more than looks, the last ones look alike."""
+    kinds = sorted({_kind(one.configs[i]) for i in one.timed if one.configs[i]["num_warps"] > 0})
+    return {kind: _CYCLE[min(i, len(_CYCLE) - 1)]._replace(size=4.5) for i, kind in enumerate(kinds)}
+
+
+def _ring(ax: Any, x: float, y: float, *, default: bool) -> None:
+    """Around a marker: a square of the default, a circle of the best."""
+    how = {"markeredgecolor": MUTED if default else INK, "markerfacecolor": "none", "linestyle": "none", "clip_on": False}
+    marker, size = ("s", 14.0) if default else ("o", 10.0)
+    ax.plot([x], [y], marker=marker, markersize=size, markeredgewidth=1.5, zorder=6, **how)
+
+
+def _landscape_axes(canvas: _Canvas, box: tuple[float, float, float, float], one: Landscape) -> None:
+    ax = canvas.axes(*box)
+    points = [(one.configs[i]["num_warps"], float(one.times[i] or 0.0), i) for i in one.timed if one.configs[i]["num_warps"] > 0]
+    times, warps = [time for _, time, _ in points], [warp for warp, _, _ in points]
+    room = max((max(times) / min(times)) ** 0.1, 1.05)
+    ax.set_yscale("log")
+    ax.set_ylim(min(times) / room, max(times) * room)
+    ticks = _log_ticks(min(times) / room, max(times) * room)
+    _log_axis(ax, min(warps) / 1.35, max(warps) * 1.35, "")
+    ax.set_xticks(sorted(set(warps)), [str(warp) for warp in sorted(set(warps))])
+    ax.set_yticks(ticks, [text.figure(tick, 2) for tick in ticks])
+    ax.set_yticks([], minor=True)
+    ax.tick_params(axis="y", length=0, pad=5, labelsize=SMALL, labelcolor=MUTED)
+    ax.grid(axis="y", color=GRID, linewidth=0.7)
+    for kind, look in _kinds(one).items():
+        of_kind = sorted((warp, time) for warp, time, i in points if _kind(one.configs[i]) == kind)
+        fastest = {warp: time for warp, time in reversed(of_kind)}
+        ax.plot(sorted(fastest), [fastest[warp] for warp in sorted(fastest)], color=look.light, linewidth=1.4, alpha=0.6, zorder=2)
+        for warp, time in of_kind:
+            _marker(ax, warp, time, look, zorder=3)
+    for index, default in ((one.default, True), (one.best, False)):
+        marked = next(((warp, time) for warp, time, i in points if i == index), None)
+        if marked is not None:
+            _ring(ax, *marked, default=default)
+
+
+# --- the search, replayed --------------------------------------------------------------------------------------------
+
+LEAST_REGRET = 0.001
+"""What is less is drawn here: a logarithmic axis has no zero."""
+
+
+def replayed(strategies: list[Json]) -> str | None:
+    """Regret against the share of the launches of an exhaustive search: the median and p95 side by side.
+
+    Returns:
+        The <svg> element, or None where no strategy has a curve that can be drawn.
+    """
+    curves = {one["name"]: sorted(point for point in one["curve"] if usable(point[0])) for one in strategies}
+    drawn = [one["name"] for one in strategies if curves[one["name"]]]
+    if not drawn:
+        return None
+    look = {name: _CYCLE[min(i, len(_CYCLE) - 1)]._replace(size=5.0) for i, name in enumerate(drawn)}
+    shares = [point[0] for name in drawn for point in curves[name]] + [SHARE_GOAL]
+    regrets = [value for name in drawn for point in curves[name] for value in point[1:] if math.isfinite(value)]
+    highest = max([*regrets, REGRET_GOALS["p95"]]) * 1.4
+    with _matplotlib():
+        each, left, gap, height = 268.0, 62.0, 24.0, 210.0
+        width = 2 * (left + each) + gap + RIGHT
+        lines = _legend([(_short(name), look[name]) for name in drawn], width - 28)
+        top = 70.0 + 16 * len(lines)
+        canvas = _Canvas(width, top + height + 46)
+        canvas.write(14, 18, "Regret against the share of launches", fontweight="bold", fontsize=13)
+        _draw_legend(canvas, lines, 14, 42)
+        for position, (name, words) in enumerate((("median", "median regret"), ("p95", "95th percentile of the regret"))):
+            at = position * (left + each + gap) + left
+            canvas.write(at, top - 14, words, fontweight="bold")
+            ax = canvas.axes(at, top, each, height)
+            ax.set_yscale("log")
+            ax.set_ylim(LEAST_REGRET / 1.3, highest)
+            _log_axis(ax, min(shares) * 100 / 1.2, max(shares) * 100 * 1.2, " %")
+            ticks = [tick for tick in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0) if tick < highest]
+            ax.set_yticks(ticks, [("≤ " if tick == LEAST_REGRET else "") + f"{100 * tick:g} %" for tick in ticks])
+            ax.set_yticks([], minor=True)
+            ax.tick_params(axis="y", length=0, pad=5, labelsize=SMALL, labelcolor=MUTED)
+            ax.grid(axis="y", color=GRID, linewidth=0.7)
+            for draw, goal in ((ax.axhline, REGRET_GOALS[name]), (ax.axvline, 100 * SHARE_GOAL)):
+                draw(goal, color=MUTED, linewidth=1.3, linestyle=(0, (4, 3)), zorder=1)
+            # the first strategy is drawn last, so that it lies above the others
+            for one in reversed(drawn):
+                found = [(share * 100, max(p95 if position else median, LEAST_REGRET)) for share, median, p95 in curves[one]]
+                found = [(share, value) for share, value in found if math.isfinite(value)]
+                first = one == drawn[0]
+                if found:
+                    ax.plot(*zip(*found, strict=True), color=look[one].light, linewidth=2.4 if first else 1.4, zorder=3)
+                for share, value in found:
+                    _marker(ax, share, value, look[one], zorder=4)
+            words = "share of the launches of an exhaustive search"
+            canvas.write(at + each / 2, top + height + 33, words, color=MUTED, fontsize=SMALL, ha="center")
+        return canvas.svg(f"Regret against the share of launches, {text.several(len(drawn), 'strategy', 'strategies')}")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ def render(input: Path, output: Path) -> list[Path]:
 
     Args:
         input: folder with at least one of autotune.json, verify.json, benchmark.json and verify-*.json. The last, of other
-            implementations, are compared with each other and with verify.json. sanitize.json, mutants.json and false-alarms.json
-            may lie beside them.
+            implementations, are compared with each other and with verify.json. sanitize.json, exhaustive.json, replay.json,
+            mutants.json and false-alarms.json may lie beside them.
         output: folder to write to; it may be the same and is made where it does not exist.
 
     Returns:

@@ -74,6 +74,11 @@ def percent(value: float | None) -> str:
     return f"{100 * value:.0f} %"
 
 
+def fine(value: float) -> str:
+    """A share with two significant digits: ``1.2 %``, ``0.035 %``."""
+    return f"{figure(100 * value, 2)} %"
+
+
 def share(part: int, whole: int) -> str:
     """A small share with two significant digits: ``0.031 %``; a dash for none."""
     if not part or not whole:

@@ -1,0 +1,303 @@
+"""Chapters on the autotuner: what it chose, how all candidates lie, and what its search finds of that."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+
+from . import evidence as evidence_module
+from . import plots, text
+from .blocks import Block, Cell, Column, Heading, Names, Plot, Plots, Table, Words
+from .candidates import NEAR, Goal, Landscape, goals, landscapes, spread
+from .evidence import Json, KeyGroup
+
+# --- what was chosen -------------------------------------------------------------------------------------------------
+
+_STATUS = {
+    "timed": "right, and timed in the final round or in the screening",
+    "slower": "right, but not among the fastest of the screening",
+    "wrong": "failed the check against float64",
+    "spills": "spills registers",
+    "does not compile": "does not compile",
+    "crashes": "crashed",
+    "hangs": "did not end",
+    "out of time": "no time was left to verify it",
+}
+
+
+def chapter(autotune: Json, names: Names) -> list[Block]:
+    """What was tuned: gains, configurations, and what became of the candidates; without a heading."""
+    blocks: list[Block] = []
+    groups = evidence_module.key_groups(autotune)
+    if not groups:
+        blocks.append(Words("No key was finished.", "missing"))
+    else:
+        blocks.append(
+            Words(
+                "A key is one operator, direction, dtype and bucket of shapes. Every candidate was verified before it was timed; "
+                "another than the default is taken only where the paired 95 % interval of its time over the default's lies below "
+                "1. The thin bar is the 95 % interval of the tuned median."
+            )
+        )
+    made = []
+    for group in groups:
+        svg = plots.gains(group)
+        if svg is not None:
+            gains = [key["gain"] for key in group.keys if evidence_module.is_tuned(key) and key["gain"] is not None]
+            kept = sum(map(evidence_module.kept_default, group.keys))
+            caption = (
+                f"{group.op} {group.direction}: gains of {text.span(gains)}; the default was kept in {kept} of {len(group.keys)}."
+            )
+            title = f"Default and tuned time, {group.op} {group.direction}"
+            made.append(Plot(title, svg, caption, names("gain", group.op, group.direction)))
+    if made:
+        blocks.append(Plots(made))
+    blocks += _distinct(autotune)
+    made = []
+    for group in groups:
+        svg = plots.configurations(group)
+        if svg is not None:
+            title = f"Tuned configuration by shape, {group.op} {group.direction}"
+            made.append(Plot(title, svg, "", names("configurations", group.op, group.direction)))
+    if made:
+        blocks.append(Plots(made))
+    blocks += [_keys_table(group) for group in groups]
+    blocks += _discarded(autotune)
+    return blocks
+
+
+_UNITS = (
+    ("block", "block {}", 0),
+    ("rows_per_program", "{} rows", None),
+    ("num_warps", "{} warps", 0),
+    ("num_stages", "{} stages", 0),
+    ("checkpoint_segments", "{} segments", None),
+    ("num_threads", "{} threads", 0),
+    ("programs_per_row", "{} programs a row", 1),
+    ("max_registers", "at most {} registers", 0),
+)
+
+
+def configuration(config: Json) -> str:
+    """A launch configuration in a line: ``resident, block 8192, 1 row, 8 warps, 1 stage, 20 segments``."""
+    parts = [str(config["variant"])] if "variant" in config else []
+    for name, form, unused in _UNITS:
+        value = config.get(name)
+        if value is None or (unused is not None and value == unused):
+            continue
+        part = form.format(value)
+        parts.append(part.removesuffix("s") if value == 1 else part)
+    known = {"variant", *(name for name, _, _ in _UNITS)}
+    parts += [f"{name} {value}" for name, value in config.items() if name not in known]
+    return ", ".join(parts) or "empty"
+
+
+def _distinct(autotune: Json) -> list[Block]:
+    """How many configurations there are, which is what has to be compiled and trusted."""
+    found = evidence_module.configurations(autotune)
+    if not found:
+        return []
+    shipped = autotune.get("shipped") or {}
+    columns = [Column("operator", False), Column("tuned keys"), Column("distinct configurations")]
+    columns += [Column("distinct in the shipped file")] if shipped else []
+    columns += [Column("the most frequent", False), Column("its keys")]
+    rows = []
+    for op, configs in found.items():
+        row = [Cell(op), Cell(text.count(sum(one["keys"] for one in configs))), Cell(text.count(len(configs)), tone="strong")]
+        row += [Cell(text.count(shipped.get(op)))] if shipped else []
+        rows.append([*row, Cell(configuration(configs[0]["config"])), Cell(text.count(configs[0]["keys"]))])
+    return [Table("Distinct configurations", columns, rows)]
+
+
+def _keys_table(group: KeyGroup) -> Table:
+    columns = [Column("key", False), Column("default µs"), Column("tuned µs"), Column("95 % interval"), Column("gain")]
+    columns += [Column("configuration", False), Column("candidates", False)]
+    rows = []
+    for key in group.keys:
+        row = [Cell(f"{key['key']['dtype']} {text.shape(key['key']['rows'], key['key']['n'])}")]
+        if evidence_module.is_tuned(key):
+            timing, kept = key["timing"], evidence_module.kept_default(key)
+            ci = timing["ci_us"]
+            interval = text.NOTHING if ci is None else f"{text.figure(ci[0])} – {text.figure(ci[1])}"
+            row += [Cell(text.figure(timing["default_us"])), Cell(text.figure(timing["median_us"])), Cell(interval, tone="muted")]
+            row.append(Cell(text.times(key["gain"]), tone="muted" if kept else "strong"))
+            row.append(Cell(configuration(key["config"]) + (" (default)" if kept else "")))
+        else:
+            row += [Cell(text.NOTHING, tone="muted")] * 4 + [
+                Cell("not tuned: the default was not proved or not timed", tone="muted")
+            ]
+        counts = Counter(candidate["status"] for candidate in key["candidates"])
+        row.append(Cell(", ".join(f"{number}\u00a0{status}" for status, number in _by_status(counts)) or "none"))
+        rows.append(row)
+    return Table(f"{group.op} {group.direction}: {text.several(len(rows), 'key')}", columns, rows, folded=True)
+
+
+def _by_status(counts: Counter[str]) -> list[tuple[str, int]]:
+    order = list(_STATUS)
+    return sorted(counts.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0]))
+
+
+REASONS = 3
+"""How many reasons of a status are quoted; the others are counted."""
+
+
+def _discarded(autotune: Json) -> list[Block]:
+    candidates = [candidate for key in autotune["keys"] for candidate in key["candidates"]]
+    counts = Counter(candidate["status"] for candidate in candidates)
+    # the counts that the file gives for what has no candidates, such as keys for which no time was left
+    others = {status: number for status, number in autotune["dropped"].items() if status not in counts}
+    blocks: list[Block] = []
+    if counts:
+        columns = [Column("candidates", False), Column("count"), Column("meaning", False), Column("reasons given", False)]
+        rows = []
+        for status, number in _by_status(counts):
+            reasons = Counter(" ".join(c["reason"].split()) for c in candidates if c["status"] == status and c["reason"].strip())
+            common = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+            said = [f"{times}× {reason}" for reason, times in common[:REASONS]]
+            if len(common) > REASONS:
+                said.append(f"and {text.several(len(common) - REASONS, 'other reason')}")
+            tone = "" if status in ("timed", "slower") else "strong"
+            rows.append(
+                [
+                    Cell(status, tone=tone),
+                    Cell(text.count(number)),
+                    Cell(_STATUS.get(status, "")),
+                    Cell("; ".join(said) or text.NOTHING),
+                ]
+            )
+        blocks.append(Table("What became of the candidates", columns, rows, kind="prose"))
+    for status, number in sorted(others.items()):
+        what, _, why = status.partition(": ")
+        left_out = f"{text.several(number, 'key')} left out, to which the default stays: {why}."
+        blocks.append(Words(left_out if what == "keys left out" else f"{status}: {text.count(number)}.", "missing"))
+    return blocks
+
+
+# --- the landscape ---------------------------------------------------------------------------------------------------
+
+PLOTTED = 6
+"""How many keys get a panel; the table has all."""
+
+
+def landscape(exhaustive: Json | None, names: Names) -> list[Block]:
+    """Every candidate of some keys, timed; nothing where there is no file."""
+    if exhaustive is None:
+        return []
+    blocks: list[Block] = [Heading("The landscape", anchor="landscape")]
+    found = landscapes(exhaustive)
+    if not found:
+        return [*blocks, Words("exhaustive.json has no keys.", "missing")]
+    over = [one.over_best for one in found if one.over_best is not None]
+    said = (
+        f"Every candidate of {text.several(len(found), 'key')} was timed, in {text.several(exhaustive['rounds'], 'round')}. The "
+        "best is that of the least median, which chance flatters: among many near ties some candidate had luck."
+    )
+    if over:
+        said += (
+            f" The default takes {text.span(over)} the time of the best, {text.times(statistics.median(over))} in the median key; "
+            f"in {sum(ratio <= NEAR for ratio in over)} of {text.several(len(over), 'key')} it lies within "
+            f"{text.percent(NEAR - 1)} of it."
+        )
+    blocks.append(Words(said))
+    shown = spread(found, PLOTTED)
+    svg = plots.landscape(shown)
+    if svg is not None:
+        caption = (
+            "Median time of each candidate that was timed; a line joins the fastest at each number of warps. Colors are of one "
+            f"panel each. {text.listed([_key(one.key) for one in shown])}."
+        )
+        blocks.append(Plots([Plot("Median time against warps, by block and rows", svg, caption, names("landscape"))]))
+    return [*blocks, _landscape_table(found)]
+
+
+def _key(key: Json) -> str:
+    return f"{key['op']} {key['direction']} {key['dtype']} {text.shape(key['rows'], key['n'])}"
+
+
+def _landscape_table(found: list[Landscape]) -> Table:
+    columns = [Column("key", False), Column("candidates"), Column("timed"), Column("dropped", False), Column("best µs")]
+    columns += [Column("default ÷ best"), Column("within 5 %", sub="of the best"), Column("best", False)]
+    rows = []
+    for one in found:
+        timed, near = len(one.timed), len(one.near)
+        dropped = ", ".join(f"{number}\u00a0{status}" for status, number in _by_status(one.dropped))
+        best = "nothing was timed"
+        if one.best is not None:
+            best = configuration(one.configs[one.best]) + (" (default)" if one.best == one.default else "")
+        rows.append(
+            [
+                Cell(f"{one.key['op']} {one.key['direction']}", f"{one.key['dtype']} {text.shape(one.key['rows'], one.key['n'])}"),
+                Cell(text.count(len(one.configs))),
+                Cell(text.count(timed)),
+                Cell(dropped or "none", tone="" if dropped else "muted"),
+                Cell(text.figure(one.best_us)),
+                Cell(text.times(one.over_best), tone="muted" if one.over_best in (None, 1.0) else "strong"),
+                Cell(text.percent(near / timed) if timed else text.NOTHING),
+                Cell(best, tone="" if timed else "muted"),
+            ]
+        )
+    notes = [("", "The share within 5 % is of the candidates that were timed.")]
+    return Table(f"All candidates of {text.several(len(rows), 'key')}", columns, rows, notes)
+
+
+# --- the search, replayed --------------------------------------------------------------------------------------------
+
+
+def replay(data: Json | None, names: Names) -> list[Block]:
+    """Searches replayed on the timings of all candidates; nothing where there is no file."""
+    if data is None:
+        return []
+    blocks: list[Block] = [Heading("The search, replayed", anchor="replay")]
+    strategies = data["strategies"]
+    if not strategies:
+        return [*blocks, Words("replay.json has no strategies.", "missing")]
+    blocks.append(
+        Words(
+            f"Searches that draw their samples from {data['source']}, each with {text.several(data['seeds'], 'seed')} for every "
+            "key. The regret is by how much what was chosen is slower than the best of all candidates, over keys and seeds. The "
+            f"launches are the timed ones as a share of those of an exhaustive search ({data['full_launches']}). A key is stable "
+            "where every seed came to the same choice."
+        )
+    )
+    blocks.append(_verdict(strategies[0]))
+    columns = [
+        Column("strategy", False),
+        Column("regret", sub="median"),
+        Column("regret", sub="p95"),
+        Column("regret", sub="worst"),
+    ]
+    columns += [Column("launches", sub="median"), Column("launches", sub="worst"), Column("stable keys")]
+    columns += [Column("what it does", False)]
+    rows = []
+    for i, one in enumerate(strategies):
+        figures = [*(one["regret"][name] for name in ("median", "p95", "worst")), one["share"]["median"], one["share"]["worst"]]
+        tone = "" if i else "strong"
+        cells = [Cell(text.fine(figure), tone=tone) for figure in figures]
+        rows.append([Cell(one["name"], tone=tone), *cells, Cell(text.percent(one["stable"]), tone=tone), Cell(one["text"])])
+    blocks.append(Table("", columns, rows, kind="prose"))
+    svg = plots.replayed(strategies)
+    if svg is not None:
+        caption = (
+            "Regret against the share of the launches of an exhaustive search; further left and further down is better. The dashed "
+            "lines are the goals."
+        )
+        blocks.append(Plots([Plot("Regret against the share of launches", svg, caption, names("replay"))]))
+    return blocks
+
+
+def _verdict(strategy: Json) -> Words:
+    """Whether the goals hold for a strategy, goal by goal."""
+    found = goals(strategy)
+    if not found:
+        return Words(f"Of {strategy['name']} no key was replayed, so that nothing is said of the goals.", "missing")
+    met = sum(goal.met for goal in found)
+    where = text.several(len(strategy["keys"]), "key")
+    said = [f"{strategy['name']}: {met} of {text.several(len(found), 'goal')} met, over {where}.", *map(_goal, found)]
+    return Words(" ".join(said), "pass" if met == len(found) else "fail")
+
+
+def _goal(goal: Goal) -> str:
+    """``Worst regret: missed, 6.1 % where at most 5 % is the goal.``"""
+    name, more = goal.name[0].upper() + goal.name[1:], f"; {goal.more}" if goal.more else ""
+    bound = f"at {'least' if goal.at_least else 'most'} {text.percent(goal.limit)} is the goal"
+    return f"{name}: {'met' if goal.met else 'missed'}, {text.fine(goal.figure)} where {bound}{more}."
