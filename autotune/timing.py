@@ -12,7 +12,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,55 +110,90 @@ def race(
     Returns:
         For each piece of work its timing or the exception that it raised.
     """
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return _race_cuda(works, device, samples, target_us, seconds)
-    return _race_cpu(works, samples, target_us, seconds)
+    results: list[Timed | Exception] = []
+    with Race(device, target_us) as running:
+        for i, work in enumerate(works):
+            try:
+                results.append(Timed([], running.add(i, work)))
+            except Exception as error:
+                results.append(error)
+        begin = time.perf_counter()
+        for turn in range(samples):
+            found = running.round([i for i, result in enumerate(results) if isinstance(result, Timed)])
+            for i, result in enumerate(results):
+                sample = found.get(i)
+                if isinstance(sample, Exception):
+                    results[i] = sample
+                elif sample is not None and isinstance(result, Timed):
+                    result.samples.append(sample)
+            if seconds is not None and turn + 1 >= MIN_SAMPLES and time.perf_counter() - begin > seconds:
+                break
+    return results
 
 
-def _rotated(count: int, turn: int) -> list[int]:
-    return [(turn + i) % count for i in range(count)]
+class Race:
+    """Pieces of work that are prepared once and then timed in rounds, as many and as often as one likes.
+
+    Use as a context manager. A piece of work has an identifier, which is any hashable object.
+    """
+
+    def __init__(self, device: torch.device, target_us: float = 400.0) -> None:
+        self._track = _Cuda(device, target_us) if device.type == "cuda" else _Cpu(target_us)
+        self._turn = 0
+
+    def __enter__(self) -> Race:
+        self._track.enter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._track.leave()
+
+    def add(self, name: Hashable, work: Work) -> str:
+        """Prepares a piece of work and says how it will be measured; raises what the work raises."""
+        return self._track.add(name, work)
+
+    def round(self, names: Sequence[Hashable]) -> dict[Hashable, float | Exception]:
+        """One sample of each, in microseconds a call; in the next round another one is the first."""
+        turn, self._turn = self._turn, self._turn + 1
+        count = len(names)
+        return self._track.round([names[(turn + i) % count] for i in range(count)], turn)
 
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def _race_cpu(works: Sequence[Work], samples: int, target_us: float, seconds: float | None) -> list[Timed | Exception]:
-    results: list[Timed | Exception] = [Timed([], "") for _ in works]
-    calls = [1] * len(works)
-    for i, work in enumerate(works):
-        try:
-            work.call(0)
-            begin = time.perf_counter()
-            work.call(1 % work.sets)
-            once = (time.perf_counter() - begin) * 1e6
-        except Exception as error:
-            results[i] = error
-            continue
-        calls[i] = max(1, min(1000, math.ceil(target_us / max(once, 0.1))))
-        results[i] = Timed([], f"perf_counter around {calls[i]} call(s), {work.sets} input set(s), interleaved")
-    running = [i for i, result in enumerate(results) if isinstance(result, Timed)]
-    begin = time.perf_counter()
-    for turn in range(samples):
-        for position in _rotated(len(running), turn):
-            i = running[position]
-            _sample_cpu(works[i], calls[i], turn, results, i)
-        if seconds is not None and turn + 1 >= MIN_SAMPLES and time.perf_counter() - begin > seconds:
-            break
-    return results
+class _Cpu:
+    def __init__(self, target_us: float) -> None:
+        self._target_us = target_us
+        self._works: dict[Hashable, tuple[Work, int]] = {}
 
+    def enter(self) -> None:
+        pass
 
-def _sample_cpu(work: Work, calls: int, turn: int, results: list[Timed | Exception], i: int) -> None:
-    result = results[i]
-    if not isinstance(result, Timed):
-        return
-    try:
+    def leave(self) -> None:
+        self._works.clear()
+
+    def add(self, name: Hashable, work: Work) -> str:
+        work.call(0)
         begin = time.perf_counter()
-        for call in range(calls):
-            work.call((turn + call) % work.sets)
-        result.samples.append((time.perf_counter() - begin) * 1e6 / calls)
-    except Exception as error:
-        results[i] = error
+        work.call(1 % work.sets)
+        once = (time.perf_counter() - begin) * 1e6
+        calls = max(1, min(1000, math.ceil(self._target_us / max(once, 0.1))))
+        self._works[name] = work, calls
+        return f"perf_counter around {calls} call(s), {work.sets} input set(s), interleaved"
+
+    def round(self, names: Sequence[Hashable], turn: int) -> dict[Hashable, float | Exception]:
+        samples: dict[Hashable, float | Exception] = {}
+        for name in names:
+            work, calls = self._works[name]
+            try:
+                begin = time.perf_counter()
+                for call in range(calls):
+                    work.call((turn + call) % work.sets)
+                samples[name] = (time.perf_counter() - begin) * 1e6 / calls
+            except Exception as error:
+                samples[name] = error
+        return samples
 
 
 # --- GPU -------------------------------------------------------------------------------------------------------------
@@ -176,68 +211,69 @@ def input_sets(device: torch.device, bytes_per_set: int, most: int = 256) -> int
     return max(2, min(most, math.ceil(2.5 * l2_bytes(device) / max(bytes_per_set, 1))))
 
 
-def _race_cuda(
-    works: Sequence[Work], device: torch.device, samples: int, target_us: float, seconds: float | None
-) -> list[Timed | Exception]:
-    results: list[Timed | Exception] = []
-    replays: list[Callable[[], Any]] = []
-    calls: list[int] = []
-    # a graph cannot be captured on the default stream; another one that is current is kept, for autograd runs a
-    # backward on the stream of its forward
-    current = torch.cuda.current_stream(device)
-    stream = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
-    stream.wait_stream(current)
-    pool = torch.cuda.graph_pool_handle()
-    with torch.cuda.stream(stream):
-        for work in works:
-            replay, count, result = _prepare(work, stream, target_us, pool)
-            replays.append(replay)
-            calls.append(count)
-            results.append(result)
-        running = [i for i, result in enumerate(results) if isinstance(result, Timed)]
-        events = {i: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for i in running}
-        for i in running:
-            replays[i]()
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        for turn in range(samples):
-            torch.cuda._sleep(_SPIN_CYCLES)
-            for position in _rotated(len(running), turn):
-                i = running[position]
-                events[i][0].record(stream)
-                replays[i]()
-                events[i][1].record(stream)
-            torch.cuda.synchronize(device)
-            for i in running:
-                result = results[i]
-                if isinstance(result, Timed):
-                    result.samples.append(events[i][0].elapsed_time(events[i][1]) * 1e3 / calls[i])
-            if seconds is not None and turn + 1 >= MIN_SAMPLES and time.perf_counter() - started > seconds:
-                break
-        replays.clear()
-    current.wait_stream(stream)
-    return results
+@dataclass
+class _Prepared:
+    replay: Callable[[], Any]
+    calls: int
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
 
 
-def _nothing() -> None:
-    return None
+class _Cuda:
+    def __init__(self, device: torch.device, target_us: float) -> None:
+        self._device, self._target_us = device, target_us
+        self._stack = contextlib.ExitStack()
+        self._prepared: dict[Hashable, _Prepared] = {}
+
+    def enter(self) -> None:
+        self._stack.enter_context(torch.cuda.device(self._device))
+        # a graph cannot be captured on the default stream; another one that is current is kept, for autograd runs a
+        # backward on the stream of its forward
+        self._current = torch.cuda.current_stream(self._device)
+        default = self._current == torch.cuda.default_stream(self._device)
+        self._stream = torch.cuda.Stream(self._device) if default else self._current
+        self._stream.wait_stream(self._current)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stack.enter_context(torch.cuda.stream(self._stream))
+
+    def leave(self) -> None:
+        self._prepared.clear()
+        self._stack.close()
+        self._current.wait_stream(self._stream)
+
+    def add(self, name: Hashable, work: Work) -> str:
+        replay, calls, method = _prepare(work, self._stream, self._target_us, self._pool)
+        replay()
+        torch.cuda.synchronize(self._device)
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._prepared[name] = _Prepared(replay, calls, *events)
+        return method
+
+    def round(self, names: Sequence[Hashable], turn: int) -> dict[Hashable, float | Exception]:
+        torch.cuda._sleep(_SPIN_CYCLES)
+        for name in names:
+            one = self._prepared[name]
+            one.begin.record(self._stream)
+            one.replay()
+            one.end.record(self._stream)
+        torch.cuda.synchronize(self._device)
+        found: dict[Hashable, float | Exception] = {}
+        for name in names:
+            one = self._prepared[name]
+            found[name] = one.begin.elapsed_time(one.end) * 1e3 / one.calls
+        return found
 
 
-def _prepare(
-    work: Work, stream: torch.cuda.Stream, target_us: float, pool: Any
-) -> tuple[Callable[[], Any], int, Timed | Exception]:
+def _prepare(work: Work, stream: torch.cuda.Stream, target_us: float, pool: Any) -> tuple[Callable[[], Any], int, str]:
     """Warms a piece of work up, decides how many calls a sample has, and captures them into a graph."""
-    try:
-        for i in range(2):
-            work.call(i % work.sets)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record(stream)
-        for i in range(3):
-            work.call(i % work.sets)
-        end.record(stream)
-        end.synchronize()
-    except Exception as error:
-        return _nothing, 1, error
+    for i in range(2):
+        work.call(i % work.sets)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record(stream)
+    for i in range(3):
+        work.call(i % work.sets)
+    end.record(stream)
+    end.synchronize()
     once = max(begin.elapsed_time(end) * 1e3 / 3, 0.5)
     count = max(math.ceil(target_us / once), work.sets if once < target_us else 1)
     failure = "not captured"
@@ -248,9 +284,9 @@ def _prepare(
             failure = f"capture failed: {type(error).__name__}"
             torch.cuda.synchronize()
         else:
-            return graph.replay, count, Timed([], f"CUDA graph of {count} calls, {_cache(work, stream)}, interleaved")
+            return graph.replay, count, f"CUDA graph of {count} calls, {_cache(work, stream)}, interleaved"
     method = f"CUDA events around a loop of {count} calls ({failure}), {_cache(work, stream)}, interleaved"
-    return lambda: _repeat(work, count), count, Timed([], method)
+    return lambda: _repeat(work, count), count, method
 
 
 def _captured(work: Work, count: int, pool: Any) -> torch.cuda.CUDAGraph:
