@@ -209,7 +209,7 @@ def _router_attributes(originals: dict[str, Any], substitutes: dict[str, Any]) -
         return held
 
     def show(router: Any) -> Any:
-        return swapped(router.__dict__["coor_descent"], originals, substitutes)
+        return swapped(router._coordroute_vars["coor_descent"], originals, substitutes)
 
     def keep(router: Any, value: Any) -> None:
         router.__dict__["coor_descent"] = swapped(value, substitutes, originals)
@@ -221,7 +221,14 @@ def _router_attributes(originals: dict[str, Any], substitutes: dict[str, Any]) -
         nn.Module.__setstate__(router, state)
         keep(router, state["coor_descent"])
 
-    return {"coor_descent": property(show, keep), "__getstate__": get_state, "__setstate__": set_state}
+    return {
+        "coor_descent": property(show, keep),
+        # the dict of an instance under another name: in router.__dict__["coor_descent"] Dynamo of torch 2.11 looks the name up on
+        # the class, where it finds the property above, and never ends; a property that is a builtin it evaluates
+        "_coordroute_vars": property(vars),
+        "__getstate__": get_state,
+        "__setstate__": set_state,
+    }
 
 
 # --- the functions ---------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ published = pytest.importorskip("colt5_attention")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("coor_descent", "triton_coor_descent", "topk")
 SCHEDULE: dict[str, Any] = {"n_iters": 20, "eps": 0.1, "eps_init": 4.0, "eps_decay": 0.7}
+EXACT_SCHEDULE: dict[str, Any] = {"n_iters": 20, "eps": 0.125, "eps_init": 4.0, "eps_decay": 0.5}
+"""Every eps of it is a float32. Triton hands numbers over as such, also where the published kernel computes in float64."""
 HAS_TOPK = hasattr(published, "topk")
 VERSION = tuple(map(int, importlib.metadata.version("CoLT5-attention").split(".")))
 
@@ -225,20 +227,30 @@ def test_the_result_has_the_published_dtype(dtype: torch.dtype, k: Any) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="autocast of the published functions is about CUDA")
 @pytest.mark.parametrize("name", ("coor_descent", "triton_coor_descent"))
 def test_the_result_has_the_published_dtype_under_autocast(name: str) -> None:
-    def function(s: Tensor) -> Tensor:
+    def function(s: Tensor, name: str = name) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
-            return getattr(sys.modules[f"colt5_attention.{name}"], name)(s, k=2.25, **SCHEDULE)
+            return getattr(importlib.import_module(f"colt5_attention.{name}"), name)(s, k=2.25, **SCHEDULE)
 
-    for dtype in (torch.float32, torch.bfloat16):
-        importlib.import_module(f"colt5_attention.{name}")
-        wanted, found = both(function, rows(4, 64, dtype=dtype))
-        assert [part.dtype for part in found] == [part.dtype for part in wanted]
+    s = rows(4, 64, dtype=torch.float32)
+    wanted, found = both(function, s)
+    assert [part.dtype for part in found] == [part.dtype for part in wanted]
+    # the published kernel takes the logarithm of k in bfloat16, which Triton 3.6 does not compile; its result would be that of an
+    # exp under the same autocast as in coor_descent
+    wanted, _ = both(lambda s: function(s, "coor_descent"), s.bfloat16())
+    with patch_colt5():
+        leaves = leaf(s.bfloat16())
+        out = function(leaves)
+        grad = torch.autograd.grad(out.sum(), leaves)[0]
+    assert [out.dtype, grad.dtype] == [part.dtype for part in wanted] and bool(out.isfinite().all())
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the published kernel needs a GPU")
-@pytest.mark.parametrize("k", (2.25, torch.tensor([2.25]), torch.linspace(1, 6, 6)))
+@pytest.mark.parametrize("k", (2.25, torch.full((6,), 2.25), torch.linspace(1, 6, 6)))
 def test_triton_coor_descent(k: Any) -> None:
-    """At a power of two and with one segment, where every version is right."""
+    """At a power of two and with one segment, where every version is right.
+
+    A tensor k has one value a row: of one for all 0.11.2 makes an expanded tensor, and its kernel reads behind the only element.
+    """
     module = importlib.import_module("colt5_attention.triton_coor_descent")
     k = k.to(DEVICE) if isinstance(k, Tensor) else k
     wanted, found = both(lambda s: module.triton_coor_descent(s, k=k, **SCHEDULE), rows(6, 64, dtype=torch.float32))
@@ -252,7 +264,9 @@ def test_triton_coor_descent(k: Any) -> None:
 @pytest.mark.parametrize("fused", (False, True))
 def test_topk(masked: bool, fused: bool, calls: list[tuple[int, ...]]) -> None:
     mask = (rows(3, 40) > -1) if masked else None
-    wanted, found = both(lambda x: published.topk(x, 7, mask=mask, fused=fused, **SCHEDULE), rows(3, 40))
+    # with SCHEDULE the published kernel is off by what float32 loses of eps: 1e-8 of a value, 1e-6 of a gradient
+    schedule = EXACT_SCHEDULE if fused else SCHEDULE
+    wanted, found = both(lambda x: published.topk(x, 7, mask=mask, fused=fused, **schedule), rows(3, 40))
     assert len(wanted) == 5 and len(calls) == 1
     for one, other in zip(wanted, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)
@@ -338,18 +352,28 @@ def test_models(made: Any, straight_through: bool, calls: list[tuple[int, ...]])
         assert norm_error(ours[name], value) <= 2 * norm_error(theirs[name], value) + rounding, name
 
 
-def test_a_patched_router_compiles() -> None:
+@pytest.mark.parametrize("use_triton", (False, True))
+def test_a_patched_router_compiles(use_triton: bool) -> None:
+    """In one graph, that of the moment: a compiled router is patched, restored, and given another function like one that is not."""
     torch._dynamo.reset()
-    router = published.CoordinateDescentRouter(8, straight_through=False, eps=0.5).to(DEVICE)
+    router = published.CoordinateDescentRouter(8, straight_through=False, eps=0.5, use_triton=use_triton).to(DEVICE)
     x = rows(2, 24, 8, dtype=torch.float32)
+    graphs: list[Any] = []
+    compiled = torch.compile(router, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+
+    def ours() -> bool:
+        found, wanted = compiled(x, num_tokens=5), router(x, num_tokens=5)
+        torch.testing.assert_close(found.scores, wanted.scores)
+        assert torch.equal(found.indices, wanted.indices)
+        return any("coordroute" in str(node.target) for node in graphs[-1].graph.nodes)
+
     with patch_colt5():
-        wanted = router(x, num_tokens=5)
-        graphs: list[Any] = []
-        compiled = torch.compile(router, backend=lambda graph, inputs: graphs.append(graph) or graph)
-        found = compiled(x, num_tokens=5)
-        assert any("coordroute" in str(node.target) for graph in graphs for node in graph.graph.nodes)
-    torch.testing.assert_close(found.scores, wanted.scores)
-    assert torch.equal(found.indices, wanted.indices)
+        assert ours()
+    if not (use_triton and DEVICE == "cuda"):  # the published kernel is nothing that a graph could hold
+        assert not ours()
+    router.coor_descent = lambda s, **options: s.sigmoid()
+    with patch_colt5():
+        assert not ours()
     torch._dynamo.reset()
 
 
