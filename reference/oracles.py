@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 K_FLOOR = 1e-20
+MOST_REACH = 2.0**32
+"""The most that ``Truth.reach`` is. Thresholds farther apart have to have exponentials of their own: one for all of them would lose
+weights that can be seen."""
 
 
 def eps_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay: float) -> list[float]:
@@ -81,6 +84,8 @@ class Truth:
         error_scores, error_k, error_eps: [R], likewise for the gradients.
         slack_scores, slack_k, slack_eps: [R], what the gradients may change by, absolutely, where scores lie so near a
             threshold that rounding decides whether they are saturated (a kink: the gradient jumps there). 0 without one.
+        reach: [R], exp of how far apart the thresholds -a_t of all iterations at eps_T lie, over eps_T: so much larger may a
+            weight of coordinate descent be than an exponential that they share. 1 of the exact solver, which has one threshold.
     """
 
     lam: Array
@@ -95,6 +100,7 @@ class Truth:
     slack_scores: Array
     slack_k: Array
     slack_eps: Array
+    reach: Array | float = 1.0
 
 
 def _norm(x: Array) -> Array:
@@ -372,6 +378,8 @@ def _descend(
     zero = np.zeros(s.shape[0])
     threshold = np.where(dead, np.inf, -a)
     threshold = np.where(rows.nan, np.nan, threshold)
+    apart = np.ptp([a_t for a_t, e_t in zip(trace, schedule[1:], strict=True) if e_t == e], axis=0)
+    reach = np.exp(np.minimum(apart / e, np.log(MOST_REACH)))
     if g is None:
         return Truth(lam, threshold, None, None, None, error_lam, zero, zero, zero, zero, zero, zero), np.array(trace)
     g = np.where(valid, np.atleast_2d(np.asarray(g, dtype=np.float64)), 0.0)
@@ -413,7 +421,7 @@ def _descend(
     row_nan = np.where(rows.nan, np.nan, 0.0)
     truth = Truth(
         lam, threshold, grad_s + row_nan[:, None], grad_k + row_nan, None,
-        error_lam, _norm(np.where(valid, magnitude, 0.0)), error_k, zero, _norm(jumps), slack_k, zero,
+        error_lam, _norm(np.where(valid, magnitude, 0.0)), error_k, zero, _norm(jumps), slack_k, zero, reach,
     )  # fmt: skip
     return truth, np.array(trace)
 

@@ -12,8 +12,9 @@ passed where a row has an entry that does not count. It returns lam [R, n] and i
 ``checkpoint_segments`` may be left out of its signature; what needs them is then not run.
 
 Bounds. The error of a row is the norm of (found - truth). It may be twice the error of plain torch in the working precision on the
-same input, plus the oracle's running error bound, plus what storing the answer costs (:mod:`compare`). ``B`` below stands for that
-bound; u is the roundoff of the working precision. Where a transformed call is compared with the first, both have their own B.
+same input, plus the oracle's running error bound, plus what storing the answer costs (:mod:`compare`), plus, of a gradient, what
+underflow may cost (:func:`_underflow`). ``B`` below stands for that bound; u is the roundoff of the working precision. Where a
+transformed call is compared with the first, both have their own B.
 
 A ``relaxed_topk`` has no oracle here. Its truth is its own float64 run, and the running error bound is 16 times what that run
 moves by when scores and k are changed by one roundoff: that of an answer that is exact for inputs a few roundings away (backward
@@ -380,7 +381,7 @@ def _bounded(case: Case, inputs: Inputs, truth: Truth, plain: Plain) -> Judged:
     value_bound = compare.bound(plain.value, truth.error_lam, compare.storage_floor(truth.lam, dtype), dtype)
     bounds = {}
     compute = compare.compute_dtype(dtype)
-    underflow = _underflow(case, inputs, compute)
+    underflow = _underflow(case, inputs, truth, compute)
     for name, wanted, yardstick, error, slack, stored in (
         ("grad scores", truth.grad_scores, plain.scores, truth.error_scores, truth.slack_scores, dtype),
         ("grad k", truth.grad_k, plain.k, truth.error_k, truth.slack_k, compute),
@@ -396,15 +397,34 @@ def _bounded(case: Case, inputs: Inputs, truth: Truth, plain: Plain) -> Judged:
     return Judged(inputs, truth, plain, value_bound, bounds)
 
 
-def _underflow(case: Case, inputs: Inputs, compute: torch.dtype) -> dict[str, Array]:
-    """What gradients may lose where lam lies below the normal range of the working precision: it is rounded absolutely, or to 0."""
+def _underflow(case: Case, inputs: Inputs, truth: Truth, compute: torch.dtype) -> dict[str, Array]:
+    """What gradients may lose where a result lies below m, the smallest normal number of the working precision: up to m each.
+
+    Of the exact solver it is lam, of which a gradient is a multiple. Of coordinate descent it is every exponential and product,
+    with G = sum |g|/eps_T, n entries, T iterations and ``truth.reach``:
+
+    - exp((s - c)/eps_T), which all iterations at eps_T may share, c being any of their thresholds: lam loses m times the reach.
+    - A_T, the sum of the gradients at lam: m (2 reach G + n). An iteration hands on the clamped share of it, which is at most 1,
+      and loses m by a product: L = m (2 reach G + n + T) covers A_t for all t.
+    - dk = sum eps_t A_{t+1} / k: (L sum eps_t + m T)/k.
+    - ds_i adds up A_{t+1} p_i over t, where |A_{t+1}| <= G, and p_i is at most 1 and a multiple of the shared exponential by at
+      most reach/k: L (1 + T) in the norm of a row, and m (1 + reach G max(1, 1/k)) for each of its entries and iterations.
+    """
     tiny = torch.finfo(compute).tiny
-    total = tiny * 2.0 * np.where(inputs.counted(), np.abs(inputs.g), 0.0).sum(axis=1)
+    counted = inputs.counted()
     with np.errstate(invalid="ignore", divide="ignore"):
         eps = np.where(inputs.eps > 0, inputs.eps, 1.0)
-        of_k = total * sum(oracles.eps_schedule(case.n_iters, case.eps, case.eps_init, case.eps_decay)) / eps
-        of_k = np.where(inputs.k > 0, of_k / inputs.k, 0.0) if case.op == "coordinate_descent" else total
-        return {"grad scores": total / eps, "grad k": np.nan_to_num(of_k), "grad eps": total * 1e2 / eps}
+        size = np.where(counted, np.abs(inputs.g), 0.0).sum(axis=1)
+        if case.op != "coordinate_descent":
+            total = tiny * 2.0 * size
+            return {"grad scores": total / eps, "grad k": total, "grad eps": total * 1e2 / eps}
+        schedule = oracles.eps_schedule(case.n_iters, case.eps, case.eps_init, case.eps_decay)
+        n, steps, k = counted.sum(axis=1), case.n_iters, np.where(inputs.k > 0, inputs.k, np.inf)
+        weights = np.asarray(truth.reach) * size / schedule[-1]
+        handed = tiny * (2.0 * weights + n + steps)
+        of_entries = tiny * steps * np.sqrt(n) * (1.0 + weights * np.maximum(1.0, 1.0 / k))
+        of_k = (handed * sum(schedule[:-1]) + tiny * steps) / k
+        return {"grad scores": handed * (1.0 + steps) + of_entries, "grad k": of_k, "grad eps": np.zeros_like(eps)}
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 from dataclasses import replace
@@ -368,6 +369,50 @@ FOUND = [
 @pytest.mark.parametrize("case", FOUND, ids=lambda case: f"{case.op} {case.dtype} {case.n} {case.rows[0][0]}")
 def test_what_fuzzing_found_stays_found(case):
     check(OURS[case.op], case)
+
+
+@pytest.fixture
+def flushed():
+    """Arithmetic in which results below the normal range are 0, as on a GPU."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush what is below the normal range")
+    yield
+    torch.set_flush_denormal(False)
+
+
+UNDERFLOWING = verify.Case("coordinate_descent", "float16", 32, (("infinite", 4867),), **cases.PUBLISHED, grad="one-hot")
+"""One weight has a gradient. It is a normal number, and beside the highest threshold at the last eps its exponential is not."""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in Triton's interpreter where there is no GPU")
+def test_what_a_gpu_flushes_to_0_is_no_fault(flushed):
+    properties.judge.cache_clear()
+    found = {one.name: one for one in properties.examine(functools.partial(coordinate_descent, impl="triton"), UNDERFLOWING)}
+    assert all(one.holds for one in found.values())
+    tiny = torch.finfo(torch.float32).tiny
+    assert 100 * tiny < found["grad k"].error[0] < found["grad k"].bound[0], "there is something to allow for"
+
+
+def test_the_floor_of_a_gradient_is_tiny_and_grows_with_the_reach():
+    inputs = cases.draw(UNDERFLOWING)
+    truth, tiny = properties.truth_of(UNDERFLOWING, inputs), torch.finfo(torch.float32).tiny
+    _, trace = oracles.coordinate_descent_numpy(inputs.s, inputs.k, mask=inputs.valid, eps=0.03, **UNDERFLOWING.schedule())
+    schedule = oracles.eps_schedule(20, 0.03, 4.0, 0.7)
+    tail = [a_t[0] for a_t, e in zip(trace, schedule[1:], strict=True) if e == 0.03]
+    assert truth.reach[0] == pytest.approx(np.exp((max(tail) - min(tail)) / 0.03)) and 10 < truth.reach[0] < oracles.MOST_REACH
+    floor = properties._underflow(UNDERFLOWING, inputs, truth, torch.float32)
+    # the one entry with a gradient, of 1, loses tiny times the reach, which every iteration may hand on to log k
+    lost = tiny * truth.reach[0] / 0.03 * sum(schedule[:-1]) / inputs.k[0]
+    assert lost < floor["grad k"][0] < 4 * lost and 0 < floor["grad scores"][0] < 1e-32
+    level = properties._underflow(UNDERFLOWING, inputs, replace(truth, reach=np.ones(1)), torch.float32)
+    assert all(level[name][0] < floor[name][0] for name in ("grad k", "grad scores"))
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_row_has_a_reach(name):
+    case = verify.Case("coordinate_descent", n=16, rows=((name, 1), (name, 2)), **(cases.PUBLISHED | {"eps": 1e-6}))
+    reach = properties.truth_of(case, cases.draw(case)).reach
+    assert (reach >= 1).all() and (reach <= oracles.MOST_REACH * (1 + 1e-9)).all()
 
 
 # --- tests of one's own ----------------------------------------------------------------------------------------------
