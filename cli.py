@@ -20,6 +20,7 @@ import platform
 import re
 import shlex
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -231,6 +232,64 @@ class _Progress:
             _tell(self.prog, ", ".join(part for part in (f"{done}/{total}", text, left) if part))
 
 
+class _KeyTable(_Progress):
+    """A progress whose bar has a table of the latest keys above it: where each stands, its best time and gain so far."""
+
+    LATEST = 12
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self.keys: dict[Any, Any] = {}
+        self.live: Any = None
+
+    def __enter__(self) -> _KeyTable:
+        super().__enter__()
+        if self.bar is not None:
+            from rich.live import Live
+
+            self.bar.stop()
+            self.live = Live(console=self.bar.console, auto_refresh=False, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, total: int, done: int, text: str, seconds_left: float | None) -> None:
+        if self.live is None:
+            super().__call__(total, done, text, seconds_left)
+            return
+        left = "" if seconds_left is None else f"about {_duration(seconds_left)} left"
+        more = {"description": text} if text else {}
+        self.bar.update(self.task, total=total, completed=done, left=left, **more)
+        self.draw()
+
+    def watch(self, status: Any) -> None:
+        self.keys.pop(status.key, None)
+        self.keys[status.key] = status
+        self.draw()
+
+    def draw(self) -> None:
+        now = time.monotonic()
+        if self.live is None or now - self.shown < 0.1:
+            return
+        self.shown = now
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for name, justify in (("key", "left"), ("", "left"), ("best µs", "right"), ("gain", "right")):
+            table.add_column(Text(name), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for one in list(self.keys.values())[-self.LATEST :]:
+            style = {"tuned": "green", "default": "dim", "left out": "red"}.get(one.state, "")
+            gain = "-" if one.gain is None else f"{one.gain:.2f}x"
+            table.add_row(*(Text(cell, style=style) for cell in (_key_text(one.key._asdict()), one.state, _us(one.best_us), gain)))
+        self.live.update(Group(table, self.bar), refresh=True)
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +357,8 @@ one example each:
   coordroute verify --examples 1000          check values and gradients against float64
   coordroute benchmark --peers               measure against torch and other packages
   coordroute sanitize                        look for invalid accesses and races on the GPU
+  coordroute exhaust --json exhaustive.json  time every candidate of some keys
+  coordroute replay exhaustive.json          replay the search on timings of all candidates
   coordroute report --input report           render the JSON files of the first three
   coordroute configs --explain 1024x8192     which configuration serves such a call
   coordroute env                             what a bug report needs
@@ -373,6 +434,20 @@ heuristic where the files have nothing of a kind.
 Each tool must also see a fault that was planted for it. A tool that did not end in
 time is reported as not finished, never as clean. The exit status is 1 where a tool
 found an error or is not clean, 2 where there is no compute-sanitizer."""
+
+REPLAY = """\
+Replays our search on the recorded timings of every candidate, beside other ways to
+search: exhaustive, random, and the strategies of Kernel Tuner and Helion where they
+are installed. FILE is from `coordroute exhaust --json FILE`. Needs no GPU.
+
+The regret is by how much what a search took is slower than the best of all
+candidates. A search sees the odd rounds of the recording, drawn anew for each seed;
+the even rounds judge it. Launches are a share of those of all candidates in all
+rounds; the others have as many as ours took, but for exhaustive. A key is stable
+where every seed came to the same choice.
+
+The last lines say which of the goals our search meets. A goal that is missed is no
+failure of the command."""
 
 REPORT = """\
 Renders the JSON files of autotune, verify and benchmark to pages that a person
@@ -510,6 +585,38 @@ def _parser() -> argparse.ArgumentParser:
     text = "the compute-sanitizer to run (default: of PATH, CUDA_HOME, or a package of NVIDIA's)"
     one.add_argument("--sanitizer", metavar="PATH", help=text)
     one.add_argument("--self-check", action="store_true", help=argparse.SUPPRESS)
+    add_json(one)
+
+    one = add(
+        "exhaust",
+        _exhaust,
+        "time every candidate of some keys, for replay and for the report",
+        "Times every candidate of 48 keys (on a CPU 12), without verifying or tuning anything. The search is judged by these"
+        " timings: see `coordroute replay`.",
+        "  coordroute exhaust --json exhaustive.json\n  torchrun --nproc-per-node=2 -m coordroute exhaust --json exhaustive.json\n",
+    )
+    add_device(one)
+    text = "samples of each candidate; replay takes half of them for the truth (default: %(default)s)"
+    one.add_argument("--rounds", metavar="N", type=_whole(2), default=40, help=text)
+    add_json(one)
+
+    one = add(
+        "replay",
+        _replay,
+        "replay the search on the recorded timings of all candidates",
+        REPLAY,
+        "  coordroute replay exhaustive.json\n"
+        "  coordroute replay exhaustive.json --seeds 20 --json replay.json\n"
+        "  coordroute replay exhaustive.json --strategies random,genetic_algorithm,LFBOTreeSearch\n",
+    )
+    one.add_argument("file", metavar="FILE", help="what exhaust --json FILE wrote")
+    text = "how often each search is replayed for each key (default: %(default)s)"
+    one.add_argument("--seeds", metavar="N", type=_whole(1), default=10, help=text)
+    text = (
+        "beside coordroute: coordroute-quick, exhaustive, random, and any of Kernel Tuner's and Helion's, by their own names "
+        "(default: these three, and some that are fast)"
+    )
+    one.add_argument("--strategies", metavar="NAME,...", help=text)
     add_json(one)
 
     one = add(
@@ -661,12 +768,12 @@ def _no_stdout() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _working(arguments: argparse.Namespace) -> Iterator[_Progress]:
+def _working(arguments: argparse.Namespace, shown: _Progress | None = None) -> Iterator[_Progress]:
     """The time of long work: progress is shown, and with ``--json -`` nothing but JSON gets to stdout."""
     with contextlib.ExitStack() as stack:
         if arguments.json == STDOUT:
             stack.enter_context(_no_stdout())
-        yield stack.enter_context(_Progress(f"coordroute {arguments.command}"))
+        yield stack.enter_context(_Progress(f"coordroute {arguments.command}") if shown is None else shown)
 
 
 # --- autotune --------------------------------------------------------------------------------------------------------
@@ -717,10 +824,16 @@ def _autotune(arguments: argparse.Namespace) -> int:
     if arguments.json not in (None, STDOUT) and Path(arguments.json).expanduser().resolve() == path.resolve():
         raise Problem(f"--json is {arguments.json!r}, which is the configuration file itself; allowed is another file")
     try:
-        with _working(arguments) as progress:
-            evidence = search.run(device, arguments.effort, path, arguments.fresh, progress)
+        table = _KeyTable("coordroute autotune")
+        with _crew() as crew, _working(arguments, table):
+            if crew is not None:
+                device = _own_device(arguments, device, crew)
+                if crew.rank > 0:
+                    search.run(device, arguments.effort, path, arguments.fresh, crew=crew)
+                    return OK
+            evidence = search.run(device, arguments.effort, path, arguments.fresh, table, watch=table.watch, crew=crew)
     except KeyboardInterrupt:
-        _tell("coordroute autotune", _kept(arguments, path, search.state_path(path)))
+        _tell("coordroute autotune", _kept(arguments, path))
         return INTERRUPTED
     except worker.WorkerError as error:
         raise Problem(_one_line(error), CHECK_FAILED) from error
@@ -736,15 +849,86 @@ def _autotune(arguments: argparse.Namespace) -> int:
     return OK if evidence["keys"] and all(key["config"] for key in evidence["keys"]) else CHECK_FAILED
 
 
-def _kept(arguments: argparse.Namespace, path: Path, state: Path) -> str:
-    """What an interrupted search left behind, and the command that goes on from there."""
+@contextlib.contextmanager
+def _crew() -> Iterator[Any]:
+    """The processes that torchrun started beside this one, or None."""
+    from .autotune.crew import Crew
+
     try:
-        data = json.loads(state.read_text(encoding="utf-8"))
-        keys = sum(len(group["keys"]) for group in data["groups"].values())
-        tuned = f"{_count(keys, 'tuned key')} (in {path}) and " if keys else ""
-        kept = f"kept {tuned}{_count(len(data['outcomes']), 'verified candidate')} (in {state})"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        kept = "nothing was measured yet"
+        crew = Crew.from_environment()
+    except (ValueError, RuntimeError) as error:
+        raise Problem(f"the other processes of torchrun: {_one_line(error)}") from error
+    if crew is None:
+        yield None
+        return
+    with crew:
+        yield crew
+
+
+def _own_device(arguments: argparse.Namespace, device: torch.device, crew: Any) -> torch.device:
+    """Under torchrun each process of a machine has a GPU of its own."""
+    return _device(f"cuda:{crew.local_rank}") if arguments.device is None and device.type == "cuda" else device
+
+
+def _exhaust(arguments: argparse.Namespace) -> int:
+    if arguments.json != STDOUT:
+        _need_rich()
+    _check_json(arguments)
+    from .autotune import exhaust, worker
+
+    device = _device(arguments.device)
+    try:
+        with _crew() as crew, _working(arguments) as progress:
+            if crew is not None:
+                device = _own_device(arguments, device, crew)
+                if crew.rank > 0:
+                    exhaust.run(device, arguments.rounds, crew=crew)
+                    return OK
+            data = exhaust.run(device, arguments.rounds, progress, crew=crew)
+    except worker.WorkerError as error:
+        raise Problem(_one_line(error), CHECK_FAILED) from error
+    _finish(arguments, data, lambda: _show_exhaust(data))
+    return OK if all(key["candidates"][key["default"]]["status"] == "timed" for key in data["keys"]) else CHECK_FAILED
+
+
+def _show_exhaust(data: Mapping[str, Any]) -> Iterator[str]:
+    rows = []
+    for key in data["keys"]:
+        found = [one for one in key["candidates"] if one["status"] == "timed" and one["samples"] is not None]
+        times = {id(one): statistics.median(one["samples"]) for one in found}
+        default = key["candidates"][key["default"]]
+        best = min(found, key=lambda one: times[id(one)], default=None)
+        gain = "-"
+        if best is not None and id(default) in times:
+            gain = f"{times[id(default)] / times[id(best)]:.3f}x"
+        dropped = Counter(one["status"] for one in key["candidates"] if one["status"] != "timed")
+        rows.append(
+            (
+                _key_text(key["key"]),
+                str(len(key["candidates"])),
+                ", ".join(f"{count} {status}" for status, count in sorted(dropped.items())) or "-",
+                _us(times.get(id(default))),
+                _us(times[id(best)] if best is not None else None),
+                gain,
+                _config_text(best["config"]) if best is not None else "-",
+            )
+        )
+    columns = [("key", "left"), ("candidates", "right"), ("dropped", "left"), ("default µs", "right"), ("best µs", "right")]
+    columns += [("default ÷ best", "right"), ("best", "fold")]
+    yield _table(f"all candidates, {data['device']['name']}, {data['rounds']} rounds", columns, rows)
+
+
+def _kept(arguments: argparse.Namespace, path: Path) -> str:
+    """What an interrupted search left behind, and the command that goes on from there."""
+    from .autotune import journal
+
+    where = journal.journal_path(path)
+    counts: Counter[str] = Counter()
+    with contextlib.suppress(OSError, ValueError):
+        counts.update(json.loads(line)[0] for line in where.read_text(encoding="utf-8").splitlines()[1:] if line.endswith("]"))
+    tuned = f"{_count(2 * counts['group'], 'tuned key')} (in {path}) and " if counts["group"] else ""
+    measured = counts["samples"] + counts["final"] + counts["proved"]
+    kept = f"kept {tuned}{_count(measured, 'measurement')} (in {where})" if measured else "nothing was measured yet"
     words = ["coordroute", "autotune"]
     if arguments.device is not None:
         words += ["--device", arguments.device]
@@ -1164,6 +1348,77 @@ def _show_sanitize(evidence: dict[str, Any]) -> Iterator[str]:
     verdicts = Counter(tool["verdict"] for tool in evidence["tools"])
     if not evidence["self_check"]:
         yield "\n" + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+
+
+# --- replay ----------------------------------------------------------------------------------------------------------
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    if arguments.json != STDOUT:
+        _need_rich()
+    _check_json(arguments)
+    path = Path(arguments.file).expanduser()
+    if arguments.json not in (None, STDOUT) and Path(arguments.json).expanduser().resolve() == path.resolve():
+        raise Problem(f"--json is {arguments.json!r}, which is FILE itself; allowed is another file")
+    from .autotune import replay
+
+    names = None
+    if arguments.strategies is not None:
+        names = tuple(part.strip() for part in arguments.strategies.split(","))
+    try:
+        names = replay.chosen_strategies(names)
+    except ValueError as error:
+        raise Problem(f"--{error}") from error
+    try:
+        recording = replay.read(path)
+    except ValueError as error:
+        raise Problem(f"FILE is {arguments.file!r}: {_one_line(error)}") from error
+    with _working(arguments) as progress:
+        found = replay.run(recording, arguments.seeds, names, progress)
+    _finish(arguments, found, lambda: _show_replay(found))
+    return OK
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %" if share < 0.1 else f"{100 * share:.1f} %"
+
+
+def _show_replay(found: dict[str, Any]) -> Iterator[str]:
+    from .reports.candidates import goals
+
+    ours, rounds = found["strategies"][0], found["rounds"]
+    keys = _count(len(ours["keys"]), "key")
+    yield f"{found['device']['name']}, {found['source']}: {keys}, {_count(found['seeds'], 'seed')}"
+    columns = [("strategy", "left"), ("regret: median", "right"), ("p95", "right"), ("worst", "right")]
+    columns += [("launches: median", "right"), ("worst", "right"), ("stable keys", "right")]
+    rows: list[list[Cell]] = []
+    for one in found["strategies"]:
+        figures = [
+            *(one["regret"][name] for name in ("median", "p95", "worst")),
+            *(one["share"][name] for name in ("median", "worst")),
+        ]
+        rows.append(
+            [one["name"], *map(_percent, figures), f"{sum(key['agreement'] == 1 for key in one['keys'])} of {len(one['keys'])}"]
+        )
+    yield _table("", columns, rows)
+    for one in found["failed"]:
+        yield f"{one['name']} is left out: {_one_line(one['reason'])}"
+    for one in found["left_out"]:
+        yield f"{_key_text(one['key'])} is left out: {one['reason']}"
+    yield f"Launches are a share of {found['full_launches']}."
+    if ours["most_rounds"] > rounds["searched"]:
+        asked = f"A search could draw from {_count(rounds['searched'], 'round')}, and ours asked for up to {ours['most_rounds']}"
+        yield f"{asked}: it saw some again, so that its choices agree more than they would on a device."
+    verdicts = goals(ours)
+    shown: list[list[Cell]] = []
+    for goal in verdicts:
+        limit = f"at {'least' if goal.at_least else 'most'} {_percent(goal.limit)}"
+        verdict = ("met", "green") if goal.met else ("missed", "bold red")
+        shown.append([goal.name, limit, _percent(goal.figure), verdict, goal.more])
+    columns = [("goal", "fold"), ("limit", "right"), ("figure", "right"), ("verdict", "left"), ("", "fold")]
+    yield _table(f"\nGoals of {ours['name']}", columns, shown)
+    met = sum(goal.met for goal in verdicts)
+    yield f"\nGoals: {met} met, {len(verdicts) - met} missed"
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

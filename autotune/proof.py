@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels import config as kernel_config
-from ..kernels.config import Key, LaunchConfig
+from ..kernels.config import LaunchConfig
 from .fingerprint import kernel_sha256, source_files
 
-__all__ = ["Outcome", "check", "kernel_sha256", "launched", "operator", "prove", "raw", "source_files"]
+__all__ = ["Proved", "check", "kernel_sha256", "launched", "operator", "prove", "raw", "source_files"]
 
 
 class Raw(NamedTuple):
@@ -236,27 +235,7 @@ def check(
     return Checked(proof | {name: found[name] for name in names}, "")
 
 
-# --- one candidate ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one candidate before it was timed.
-
-    Attributes:
-        status: "ok", "does not compile", "spills", "wrong", and from a worker also "crashes" or "hangs".
-        reason: for a person; "" when it is ok.
-        proof: as it stands in a file; None unless it is ok.
-        registers, spills: as the compiler reports them; None on a CPU.
-        seconds: what compiling and checking took.
-    """
-
-    status: str
-    reason: str = ""
-    proof: dict[str, Any] | None = None
-    registers: int | None = None
-    spills: int | None = None
-    seconds: float = 0.0
+# --- a pair ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -305,52 +284,61 @@ def run_backward(
     return kernels.backward(grad, scores, saved, k, None, *schedule, False, config)
 
 
-def prove(device: torch.device, key: Key, config: LaunchConfig, partner: LaunchConfig, seed: int = 0) -> Outcome:
-    """Compiles one configuration, asks the compiler for spills, and checks values and gradients.
+class Proved(NamedTuple):
+    """What became of a pair of configurations that was checked.
+
+    Attributes:
+        status: "ok", "wrong", and from a worker also "crashes", "hangs" or "out of memory".
+        reason: for a person; "" when it is ok.
+        forward, backward: the proofs as they stand in a file; None unless it is ok.
+    """
+
+    status: str
+    reason: str = ""
+    forward: dict[str, Any] | None = None
+    backward: dict[str, Any] | None = None
+
+
+def prove(
+    device: torch.device, op: str, dtype: str, rows: int, n: int, forward: LaunchConfig, backward: LaunchConfig, seed: int = 0
+) -> Proved:
+    """Checks values and gradients of a forward and a backward that are joined, and notes the binaries that they launch.
 
     Args:
         device: where it runs.
-        key: what it is for.
-        config: the configuration to prove, of the key's direction.
-        partner: the configuration of the other direction, to which it is joined for the check.
+        op: the operator.
+        dtype: of the scores.
+        rows: of the key; the check has fewer where the scores would be large.
+        n: length of the rows.
+        forward: configuration of the forward kernel.
+        backward: configuration of the backward kernel.
         seed: of the inputs.
     """
-    begin = time.perf_counter()
     backend = "triton" if device.type == "cuda" else "cpu"
-    is_default = config == replace(kernel_config.heuristic(key, backend), checkpoint_segments=config.checkpoint_segments)
-    dtype = getattr(torch, key.dtype)
-    binary = NO_BINARY
-
-    def outcome(status: str, reason: str = "", proof: dict[str, Any] | None = None) -> Outcome:
-        return Outcome(status, reason, proof, binary.registers, binary.spills, time.perf_counter() - begin)
-
-    kernels = raw(key.op, backend)
-    forward, backward = (config, partner) if key.direction == "forward" else (partner, config)
+    kernels, binaries = raw(op, backend), []
     try:
-        rows = max(1, min(key.rows, (1 << 22) // key.n))
-        scores = torch.randn(rows, key.n, device=device, dtype=torch.float32).to(dtype)
-        if key.direction == "backward":
-            _, saved = run_forward(key.op, kernels, scores, forward)
-        with launched(device) as binaries:
-            if key.direction == "forward":
-                run_forward(key.op, kernels, scores, forward)
-            else:
-                run_backward(key.op, kernels, torch.ones_like(scores), scores, saved, backward)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            binary = binaries()
+        scores = torch.randn(max(1, min(rows, (1 << 22) // n)), n, device=device, dtype=torch.float32).to(getattr(torch, dtype))
+        with launched(device) as binary:
+            _, saved = run_forward(op, kernels, scores, forward)
+            _await(device)
+            binaries.append(binary().sha256)
+        with launched(device) as binary:
+            run_backward(op, kernels, torch.ones_like(scores), scores, saved, backward)
+            _await(device)
+            binaries.append(binary().sha256)
+        checked = check(op, device, scores.dtype, n, forward, backward, None, seed)
+    except torch.OutOfMemoryError as error:
+        return Proved("out of memory", one_line(error))
     except Exception as error:
-        return outcome("does not compile", one_line(error))
-    # where registers are capped, a few spills may be the price of more programs side by side: the timing tells
-    if binary.spills and not is_default and not config.max_registers:
-        return outcome("spills", f"{binary.spills} spilled at {binary.registers} registers")
-    try:
-        checked = check(key.op, device, dtype, key.n, forward, backward, binary.sha256, seed)
-    except Exception as error:
-        return outcome("wrong", f"the check raised {one_line(error)}")
+        return Proved("wrong", f"the check raised {one_line(error)}")
     if checked.proof is None:
-        return outcome("wrong", checked.reason)
-    return outcome("ok", "", checked.proof)
+        return Proved("wrong", checked.reason)
+    return Proved("ok", "", *(checked.proof | {"binary_sha256": sha} for sha in binaries))
+
+
+def _await(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

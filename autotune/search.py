@@ -1,17 +1,21 @@
-"""The search: for every key, candidates → compile → verify → time → the entry that is written.
+"""The tuning run: for every key compile → time → prove → time again → the entry that is written.
 
-Per group (one operator, dtype and bucket, both directions):
+The work comes in items, a few groups each (one operator, dtype and bucket, both directions). For an item:
 
-1. every candidate is compiled, asked for spills and verified (``proof.py``), on a GPU in worker processes and ahead of
-   all timing, so that nothing else runs while times are taken;
-2. those that are right are screened by a few interleaved samples;
-3. the best few and the default meet in a final round on fresh samples. The fastest is taken if the paired 95 % interval
-   of its time over the default's lies below 1; otherwise the default stays. What is reported is from this round;
-4. ``coordinate_descent``: another number of checkpoint segments is taken only if both directions together gain by it.
+1. the search of each direction (``strategies.py``) asks for candidates. They are compiled in parallel processes, ahead where it
+   is known what will be asked for; what spills or does not compile is dropped, and of equal binaries one is timed. Several
+   groups are searched at a time, so that one is timed while another is compiled;
+2. ``coordinate_descent``: another number of checkpoint segments is taken only if both directions together gain by it;
+3. forward and backward that were found are joined and proved (``proof.py``), as is the pair of defaults. Nothing is timed
+   meanwhile. Where a proof fails, the next best candidate takes the place of the one to blame;
+4. what was proved meets the default in a last race, from which the reported figures come. It is taken only if the paired 95 %
+   interval of its time over the default's lies below 1; otherwise the default stays.
 
-Finished groups are in the output file and in a state file beside it, so that an interrupted run goes on where it was.
-Where the output file has a choice for both directions of a group whose proofs do not hold any more, for the kernel has changed,
-only that and the default are verified and timed; ``fresh`` looks at all candidates again.
+Timing is done by a process of its own (``timer.py``). Whatever cost time is in a journal beside the output file, so that an
+interrupted run goes on where it was. Under torchrun the items are handed out to one process a GPU (``crew.py``).
+
+Where the output file has a choice for both directions of a group whose proofs do not hold any more, for the kernel or a version
+has changed, only that and the default are proved and timed; ``fresh`` looks at all candidates again.
 """
 
 from __future__ import annotations
@@ -20,27 +24,31 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import statistics
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels import config as kernel_config
-from ..kernels.config import Key, LaunchConfig
+from ..kernels.config import DIRECTIONS, Key, LaunchConfig
 from . import device as devices
-from . import space, store, timing
+from . import space, store, strategies, timing
+from .binaries import Compiled
+from .crew import Crew
 from .fingerprint import kernel_sha256
-from .proof import Outcome, one_line, prove, raw, run_backward, run_forward
+from .journal import Journal, journal_path
+from .proof import Proved
 from .space import Group
-from .worker import Pool, Task
+from .strategies import Answer, Ask, Found
+from .timer import Timer
+from .worker import PROGRAM, Failure, Inline, Json, Local, Pool, Worker, compile_request, prove_request
 
 Progress = Callable[[int, int, str, float | None], None]
 """Called with (total, done, text, seconds left or None)."""
@@ -49,31 +57,48 @@ CPU_SECONDS = {"quick": 140.0, "full": 900.0}
 """What a search on a CPU may take in all. Keys that do not fit into it are left to the heuristic and counted."""
 
 COMPILE_SECONDS = 25.0
-"""What a compiled CPU candidate is reckoned to cost before one was seen."""
+"""What a compiled CPU candidate is reckoned to cost."""
 
-FINALISTS = 3
 SEGMENT_GAIN = 0.99
 """Another number of checkpoint segments must bring forward and backward together below this share."""
 
-STATE_SCHEMA = 1
+SEGMENT_TIE = 1.005
+"""Within this of the best sum, the fewest segments are taken: they keep the least memory."""
+
+AT_A_TIME = 4
+"""Groups that are searched at a time: while one waits for the compiler, another is timed."""
+
+ITEM = 12
+"""Groups in an item, at most. They are proved together, while nothing is timed."""
+
+ALTERNATIVES = 3
+"""How many further candidates of a direction are tried where a proof fails, before the default is left."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """How much is measured.
 
-    screen_samples: int
-    final_samples: int
+    Attributes:
+        search: rounds of the search.
+        segment_rounds: rounds for the numbers of checkpoint segments.
+        final_rounds: rounds of the last race.
+        sample_us: how long one sample lasts at least, in microseconds.
+        ask_seconds: no ask goes on for longer than this after its first round; on a GPU there is no need.
+    """
+
+    search: strategies.Plan
+    segment_rounds: int
+    final_rounds: int
     sample_us: float
-    screen_seconds: float
-    final_seconds: float
+    ask_seconds: float | None = None
 
 
 _PLANS = {
-    ("triton", "quick"): Plan(7, 25, 250.0, 1.5, 2.0),
-    ("triton", "full"): Plan(9, 41, 400.0, 6.0, 6.0),
-    ("cpu", "quick"): Plan(5, 15, 1500.0, 2.0, 3.0),
-    ("cpu", "full"): Plan(7, 25, 3000.0, 6.0, 8.0),
+    ("triton", "quick"): Plan(strategies.QUICK, 7, 25, 250.0),
+    ("triton", "full"): Plan(strategies.FULL, 9, 41, 300.0),
+    ("cpu", "quick"): Plan(strategies.QUICK, 3, 15, 1500.0, 2.0),
+    ("cpu", "full"): Plan(strategies.FULL, 5, 25, 3000.0, 6.0),
 }
 
 
@@ -81,67 +106,23 @@ class OutOfTime(Exception):
     """The time that a search may take is used up."""
 
 
-# --- state -----------------------------------------------------------------------------------------------------------
+class KeyStatus(NamedTuple):
+    """Where the search of a key stands, for a table.
 
-
-@dataclass
-class State:
-    """What an interrupted run leaves behind: finished groups and proved candidates.
-
-    It counts only for the same device, kernels, versions and effort (``fingerprint``).
+    Attributes:
+        key: the key.
+        state: "searching", "searched", "proving", "tuned", "default" or "left out".
+        best_us: the least median so far in microseconds; None where nothing was timed.
+        gain: the default's time over the best's; None likewise.
     """
 
-    path: Path
-    fingerprint: str
-    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
-    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _written: float = 0.0
-
-    @classmethod
-    def open(cls, path: Path, fingerprint: str, fresh: bool) -> State:
-        state = cls(path, fingerprint)
-        if fresh:
-            state.remove()
-            return state
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema"] == STATE_SCHEMA and data["fingerprint"] == fingerprint:
-                state.groups, state.outcomes = dict(data["groups"]), dict(data["outcomes"])
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError):
-            warnings.warn(f"{path} is not readable as the state of a search; the search begins anew", stacklevel=3)
-        return state
-
-    def write(self, every: float = 0.0) -> None:
-        """Writes the state, unless it was written less than ``every`` seconds ago."""
-        if time.monotonic() - self._written < every:
-            return
-        data = {
-            "schema": STATE_SCHEMA,
-            "fingerprint": self.fingerprint,
-            "groups": self.groups,
-            "outcomes": self.outcomes,
-        }
-        store.write_atomically(self.path, json.dumps(data))
-        self._written = time.monotonic()
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+    key: Key
+    state: str
+    best_us: float | None = None
+    gain: float | None = None
 
 
-def state_path(output: Path) -> Path:
-    """The state file of an output file: hidden, beside it."""
-    return output.with_name(f".{output.stem}.search.json")
-
-
-def _fingerprint(device: dict[str, Any], versions: dict[str, Any], backend: str, effort: str) -> str:
-    kernels = {op: kernel_sha256(op, backend) for op in kernel_config.OPS}
-    text = json.dumps([device, versions, kernels, effort], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# --- the run ---------------------------------------------------------------------------------------------------------
+Watch = Callable[[KeyStatus], None]
 
 
 def run(
@@ -155,8 +136,11 @@ def run(
     seconds: float | None = None,
     workers: int | None = None,
     seed: int = 0,
+    watch: Watch | None = None,
+    crew: Crew | None = None,
+    program: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Tunes a device and writes its configuration file, group by group.
+    """Tunes a device and writes its configuration file, item by item.
 
     Args:
         device: what to tune; None is the GPU where there is one, else the CPU.
@@ -166,16 +150,20 @@ def run(
         progress: called with (total, done, text, seconds left or None).
         groups: tune only these; None is all of the effort.
         seconds: a limit for the whole run; None is :data:`CPU_SECONDS` on a CPU and none on a GPU.
-        workers: processes that compile and verify; None is all cores but two, at most 12, on a GPU and 0 on a CPU.
-            0 does it in this process.
+        workers: processes that compile and verify; None is all cores but two, at most 14, on a GPU, and one on a CPU, which
+            times too. 0 does everything in this process.
         seed: of all inputs.
+        watch: called whenever a key gets on.
+        crew: the processes to share the work with; the file is written by the first of them, at the end.
+        program: the command line of a worker; None is the package's own.
 
     Returns:
         The evidence as it goes into autotune.json.
 
     Raises:
         ValueError: an argument or an environment variable is not one that is allowed.
-        KeyboardInterrupt: passed on after the finished groups and proofs were kept.
+        WorkerError: a worker process does not start.
+        KeyboardInterrupt: passed on; what was measured is kept.
     """
     if effort not in space.EFFORTS:
         raise ValueError(f"effort is {effort!r}; allowed is {' or '.join(space.EFFORTS)}")
@@ -184,10 +172,114 @@ def run(
     path = Path(output) if output is not None else store.output_path(device)
     if path.is_dir():
         raise ValueError(f"output is {str(path)!r}, which is a folder; the path of a .json file is needed")
-    search = _Search(device, effort, path, fresh, progress, groups, seconds, workers, seed)
+    if groups is None:
+        groups = space.groups(devices.backend(device), effort)
+    search = _Search(device, effort, path, fresh, groups, seconds, workers, seed, crew, program)
+    search.progress, search.watch = progress, watch
     search.run()
     store.reload()
     return search.result(time.monotonic() - begin)
+
+
+def fingerprint(device: Json, versions: Json, backend: str, effort: str) -> str:
+    """Of what a journal's answers depend on."""
+    kernels = {op: kernel_sha256(op, backend) for op in kernel_config.OPS}
+    text = json.dumps([device, versions, kernels, effort], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def default_workers(backend: str) -> int:
+    """Processes that compile and verify: all cores but two, at most 14, on a GPU; one, which times too, on a CPU."""
+    return min(14, max(1, devices.usable_cores() - 2)) if backend == "triton" else 1
+
+
+# --- one direction of a group ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Candidate:
+    """What became of a candidate.
+
+    Attributes:
+        config: the candidate.
+        status: "timed", or why it was dropped.
+        reason: for a person; "" where it is timed.
+        median_us: of all its samples; None where there are none.
+        registers, spills, occupancy: as the compiler reports; None on a CPU.
+        same_as: the candidate of the same binary whose samples these are, or None.
+    """
+
+    config: LaunchConfig
+    status: str
+    reason: str = ""
+    median_us: float | None = None
+    registers: int | None = None
+    spills: int | None = None
+    occupancy: float | None = None
+    same_as: LaunchConfig | None = None
+
+    def to_json(self) -> Json:
+        return {
+            "config": self.config.to_json(),
+            "status": self.status,
+            "reason": self.reason,
+            "median_us": None if self.median_us is None else round(self.median_us, 4),
+            "registers": self.registers,
+            "spills": self.spills,
+            "occupancy": self.occupancy,
+            "same_as": None if self.same_as is None else self.same_as.to_json(),
+        }
+
+
+@dataclass
+class Track:
+    """One direction of a group while it is searched."""
+
+    key: Key
+    default: LaunchConfig
+    known: LaunchConfig | None
+    samples: dict[LaunchConfig, list[float]] = field(default_factory=dict)
+    candidates: dict[LaunchConfig, Candidate] = field(default_factory=dict)
+    binaries: dict[str, LaunchConfig] = field(default_factory=dict)
+    asked: int = 0
+    ranked: list[LaunchConfig] = field(default_factory=list)
+    launches: int = 0
+
+    @property
+    def name(self) -> str:
+        return label(self.key)
+
+    def best(self) -> tuple[float | None, float | None]:
+        medians = {config: statistics.median(found) for config, found in self.samples.items() if found}
+        if self.default not in medians:
+            return None, None
+        return min(medians.values()), medians[self.default] / min(medians.values())
+
+
+def label(key: Key) -> str:
+    return f"{key.op} {key.direction} {key.dtype} {key.rows}x{key.n}"
+
+
+_NOTHING = Ask((), 0)
+
+
+@dataclass
+class Hunt:
+    """A group while it is searched: a generator that asks, and what it waits for."""
+
+    group: Group
+    tracks: dict[str, Track]
+    deadline: float
+    steps: Generator[tuple[str, Ask], Answer, None]
+    direction: str = ""
+    ask: Ask = _NOTHING
+    compiles: dict[LaunchConfig, Future[Compiled]] = field(default_factory=dict)
+
+    def ready(self) -> bool:
+        return all(future.done() for future in self.compiles.values())
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
 
 
 class _Search:
@@ -197,40 +289,43 @@ class _Search:
         effort: str,
         path: Path,
         fresh: bool,
-        progress: Progress | None,
-        groups: list[Group] | None,
+        groups: list[Group],
         seconds: float | None,
         workers: int | None,
         seed: int,
+        crew: Crew | None,
+        program: Sequence[str] | None,
     ) -> None:
-        self.device, self.effort, self.path, self.seed = device, effort, path, seed
+        self.device, self.effort, self.path, self.seed, self.crew = device, effort, path, seed, crew
         self.backend = devices.backend(device)
         self.plan = _PLANS[self.backend, effort]
         self.description, self.versions = devices.describe(device), devices.versions()
-        self.groups = space.groups(self.backend, effort) if groups is None else groups
-        fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
-        self.state = State.open(state_path(path), fingerprint, fresh)
+        self.groups = groups
+        self.workers = default_workers(self.backend) if workers is None else workers
+        stack_path = journal_path(path, crew.rank if crew else 0)
+        self.journal = Journal(stack_path, fingerprint(self.description, self.versions, self.backend, effort), fresh)
         self.known = {} if fresh else store.outdated(path, self.backend)
-        self.progress = progress
+        self.progress: Progress | None = None
+        self.watch: Watch | None = None
         self.began = time.monotonic()
         if seconds is None and self.backend == "cpu":
             seconds = CPU_SECONDS[effort]
-        self.seconds = seconds
         self.deadline = math.inf if seconds is None else self.began + seconds
-        if workers is None:
-            workers = min(12, max(1, (os.cpu_count() or 2) - 2)) if self.backend == "triton" else 0
-        self.workers = workers
-        self.pool: Pool | None = None
-        self.compile_seconds = COMPILE_SECONDS
+        self.program = PROGRAM if program is None else program
+        self.results: dict[str, list[Json]] = {}
         self.out_of_time: list[Group] = []
-        self.todo = [group for group in self.groups if group.label() not in self.state.groups]
-        self.total = self.done = 0
-        self.resumed = len(self.groups) - len(self.todo)
+        self.resumed = 0
+        world = crew.world_size if crew else 1
+        size = 1 if self.backend == "cpu" else max(1, min(ITEM, math.ceil(len(groups) / (3 * world))))
+        self.items = [groups[begin : begin + size] for begin in range(0, len(groups), size)]
+        self.total, self.done = 4 * len(groups), 0
+        self.compiling: dict[str, Future[Compiled]] = {}
+        self.chosen: dict[Key, LaunchConfig] = {}
 
     # progress
 
-    def say(self, text: str, step: int = 0) -> None:
-        self.done += step
+    def say(self, text: str, steps: int = 0) -> None:
+        self.done += steps
         if self.progress is None:
             return
         spent = time.monotonic() - self.began
@@ -239,105 +334,493 @@ class _Search:
             left = min(left, max(0.0, self.deadline - time.monotonic()))
         self.progress(self.total, min(self.done, self.total), text, left)
 
-    # run
+    def show(self, track: Track, state: str, figures: tuple[float | None, float | None] | None = None) -> None:
+        if self.watch is not None:
+            self.watch(KeyStatus(track.key, state, *(track.best() if figures is None else figures)))
+
+    # the run
 
     def run(self) -> None:
-        tasks = [task for group in self.todo for task in self.tasks(group)]
-        self.total = len(tasks) + 3 * len(self.todo)
         try:
             with contextlib.ExitStack() as stack:
-                if self.workers:
-                    self.pool = stack.enter_context(Pool(str(self.device), self.workers))
-                    self.prove_ahead(tasks)
-                for position, group in enumerate(self.todo):
-                    if time.monotonic() > self.deadline:
-                        self.out_of_time += self.todo[position:]
-                        break
-                    self.one(group, len(self.todo) - position)
+                self.pool, self.timer = self._processes(stack)
+                if self.crew is None:
+                    for i in range(len(self.items)):
+                        self.ahead(i, 1)
+                        self.item(i)
+                else:
+                    self.shared(self.crew)
         except BaseException:
-            self.state.write()
+            self.journal.close()
             raise
-        self.state.remove()
+        self.journal.remove(everybody=self.crew is None or self.crew.rank == 0)
 
-    def chosen_before(self, group: Group) -> bool:
-        return all(group.key(direction) in self.known for direction in kernel_config.DIRECTIONS)
+    def _processes(self, stack: contextlib.ExitStack) -> tuple[Pool | Inline, Timer]:
+        name, kind = str(self.device), self.device.type
+        if self.workers == 0:
+            local = Local(name)
+            return Inline(local), Timer(local, kind, self.seed, self.plan.sample_us)
+        if self.backend == "cpu":
+            # one process for both, with all of torch's threads: what else runs would be in the timings
+            single = Worker(name, torch.get_num_threads(), self.program)
+            return stack.enter_context(Inline(single)), Timer(single, kind, self.seed, self.plan.sample_us)
+        pool = stack.enter_context(Pool(name, self.workers, self.program))
+        timing_process = Worker(name, program=self.program)
+        stack.callback(timing_process.stop)
+        return pool, Timer(timing_process, kind, self.seed, self.plan.sample_us)
 
-    def candidates(self, group: Group, direction: str) -> list[LaunchConfig]:
-        """The candidates of one direction, the default first: all, or the default and what was chosen before."""
-        key = group.key(direction)
-        found = space.candidates(key, self.backend, self.effort)
-        return list(dict.fromkeys([found[0], self.known[key]])) if self.chosen_before(group) else found
+    def shared(self, crew: Crew) -> None:
+        crew.agree("items", json.dumps([fingerprint(self.description, self.versions, self.backend, self.effort), self.items]))
+        while (i := crew.claim(len(self.items))) is not None:
+            self.ahead(i, crew.world_size)
+            self.item(i)
+            found = {group.label(): self.results[group.label()] for group in self.items[i] if group.label() in self.results}
+            crew.finish(i, json.dumps(found))
+        self.say("waiting for the other processes")
+        for text in crew.results(len(self.items)):
+            self.results |= json.loads(text)
+        if crew.rank == 0:
+            self.save(self.groups)
 
-    def tasks(self, group: Group) -> list[Task]:
-        """The candidates of a group with the default segments, each joined to the other direction's default."""
-        made = []
-        for direction, other in (("forward", "backward"), ("backward", "forward")):
-            partner = kernel_config.heuristic(group.key(other), self.backend)
-            key = group.key(direction)
-            for one in self.candidates(group, direction):
-                made.append(Task(key, one, space.with_segments(partner, one.checkpoint_segments), self.seed))
-        return made
-
-    def prove_ahead(self, tasks: list[Task]) -> None:
-        pool = self.pool
-        missing = [task for task in tasks if task.identifier() not in self.state.outcomes]
-        self.done += len(tasks) - len(missing)
-        self.say(f"compiling and verifying {len(missing)} candidates in {self.workers} processes")
-        if pool is None:
-            return
-        for task, outcome in pool.prove_all(missing):
-            self.state.outcomes[task.identifier()] = asdict(outcome)
-            self.state.write(every=2.0)
-            self.say(f"verified {_label(task.key)}", 1)
-        self.state.write()
-
-    def prove(self, task: Task, *, counts: bool = True) -> Outcome:
-        """The outcome of a candidate: remembered, by a worker, or here."""
-        identifier = task.identifier()
-        known = self.state.outcomes.get(identifier)
-        if known is not None:
-            if counts and not self.workers:
-                self.say(f"verified {_label(task.key)}", 1)
-            return Outcome(**known)
-        if self.pool is not None:
-            outcome = next((found for _, found in self.pool.prove_all([task])), Outcome("crashes", "no worker answered"))
-        else:
-            outcome = prove(self.device, task.key, task.config, task.partner, task.seed)
-        self.state.outcomes[identifier] = asdict(outcome)
-        self.state.write(every=2.0)
-        if counts and not self.workers:
-            self.say(f"verified {_label(task.key)}", 1)
-        return outcome
-
-    def one(self, group: Group, left: int) -> None:
-        limit = math.inf
-        if self.deadline < math.inf:
-            limit = time.monotonic() + (self.deadline - time.monotonic()) / left * 1.5
-        try:
-            results = _Tuner(self, group, min(limit, self.deadline)).tune()
-        except OutOfTime:
-            self.out_of_time.append(group)
-            return
-        entries = [entry for result in results if (entry := result.pop("entry")) is not None]
+    def save(self, groups: Iterable[Group]) -> None:
+        results = [result for group in groups for result in self.results.get(group.label(), [])]
+        entries = [result["entry"] for result in results if result["entry"] is not None]
         if entries:
             store.save(self.path, self.description, self.versions, entries)
-        self.state.groups[group.label()] = {"keys": results}
-        self.state.write()
-        self.say(f"tuned {group.label()}", 1)
 
-    # result
+    def item(self, position: int) -> None:
+        todo = []
+        for group in self.items[position]:
+            known = self.journal.get("group", group.label())
+            if known is None:
+                todo.append(group)
+                continue
+            self.results[group.label()] = known
+            self.resumed += 2
+            self.remember(known)
+            self.say("", 4)
+        if todo and time.monotonic() > self.deadline:
+            self.leave_out(todo)
+            return
+        hunts = self.searched(todo)
+        for name, results in (self.finished(hunts) if hunts else {}).items():
+            self.results[name] = results
+            self.journal.put("group", name, results)
+            self.remember(results)
+        if self.crew is None:
+            self.save(self.items[position])
 
-    def result(self, seconds: float) -> dict[str, Any]:
-        order = {group.label(): position for position, group in enumerate(self.groups)}
-        labels = sorted((label for label in self.state.groups if label in order), key=lambda label: order[label])
-        keys = [key for label in labels for key in self.state.groups[label]["keys"]]
+    def leave_out(self, groups: list[Group]) -> None:
+        self.out_of_time += groups
+        self.say("", 4 * len(groups))
+
+    def remember(self, results: list[Json]) -> None:
+        for result in results:
+            if result["config"] is not None:
+                self.chosen[Key(**result["key"])] = LaunchConfig.from_json(result["config"])
+
+    # the space
+
+    def track(self, group: Group, direction: str) -> Track:
+        key = group.key(direction)
+        both = all(group.key(one) in self.known for one in DIRECTIONS)
+        return Track(key, kernel_config.heuristic(key, self.backend), self.known[key] if both else None)
+
+    def seeds(self, track: Track) -> list[LaunchConfig]:
+        """Where a search begins."""
+        if track.known is not None:
+            # the segments are chosen on top
+            return [space.with_segments(track.known, track.default.checkpoint_segments)]
+        return space.candidates(track.key, self.backend, "quick")
+
+    def space_of(self, track: Track) -> list[LaunchConfig]:
+        if track.known is not None:
+            return [track.default, *self.seeds(track)]
+        return space.candidates(track.key, self.backend, self.effort if self.backend == "cpu" else "full")
+
+    def hints(self, track: Track) -> list[LaunchConfig]:
+        """What the nearest keys of the same operator and direction use, fitted to this key's length."""
+        if track.known is not None:
+            return []
+        near = [key for key in self.chosen if (key.op, key.direction) == (track.key.op, track.key.direction)]
+        near.sort(key=lambda key: (distance(key, track.key), key))
+        fitted = [space.fitted(self.chosen[key], key, track.key) for key in near[:2] if distance(key, track.key) <= 4]
+        return [space.with_segments(config, track.default.checkpoint_segments) for config in dict.fromkeys(fitted)]
+
+    # 1. and 2.: the search
+
+    def ahead(self, position: int, step: int) -> None:
+        """Compiles where the searches of an item will begin, and then those of the item that is likely to be the next here."""
+        if self.backend == "cpu":
+            return
+        for priority, items in ((1, self.items[position : position + 1]), (2, self.items[position + step : position + step + 1])):
+            for group in (one for item in items for one in item if self.journal.get("group", one.label()) is None):
+                for direction in DIRECTIONS:
+                    track = self.track(group, direction)
+                    for config in dict.fromkeys([track.default, *self.seeds(track)]):
+                        self.compile(track, config, priority)
+
+    def compile(self, track: Track, config: LaunchConfig, priority: int) -> Future[Compiled]:
+        name = json.dumps([track.key, config.to_json()], sort_keys=True)
+        found = self.compiling.get(name)
+        if found is not None:
+            return found
+        found = Future()
+        self.compiling[name] = found
+        known = self.journal.get("compiled", name)
+        if known is not None or self.backend == "cpu":
+            found.set_result(Compiled(*known) if known is not None else Compiled("ok"))
+            return found
+
+        def done(answer: Future[Json | Failure], found: Future[Compiled] = found) -> None:
+            if answer.cancelled():
+                found.cancel()
+            elif (error := answer.exception()) is not None:
+                found.set_exception(error)
+            else:
+                result = answer.result()
+                found.set_result(Compiled(*result) if isinstance(result, Failure) else Compiled(**result))
+
+        is_default = config == space.with_segments(track.default, config.checkpoint_segments)
+        self.pool.submit(compile_request(track.key, config, is_default), priority).add_done_callback(done)
+        return found
+
+    def searched(self, groups: list[Group]) -> dict[str, Hunt]:
+        """Searches groups, a few at a time."""
+        waiting, active, done = list(groups), list[Hunt](), dict[str, Hunt]()
+        while waiting or active:
+            while waiting and len(active) < (AT_A_TIME if self.backend == "triton" else 1):
+                hunt = self.hunt(waiting.pop(0), len(waiting) + 1)
+                if self.advance(hunt, None):
+                    active.append(hunt)
+                else:
+                    done[hunt.group.label()] = hunt
+            hunt = next((one for one in active if one.ready()), active[0]) if active else None  # type: ignore[assignment]
+            if hunt is None:
+                continue
+            if not hunt.ready():
+                wait([future for one in active for future in one.compiles.values() if not future.done()], 1.0, "FIRST_COMPLETED")
+                continue
+            try:
+                going = self.advance(hunt, self.answer(hunt))
+            except OutOfTime:
+                self.close(hunt)
+                active.remove(hunt)
+                self.leave_out([hunt.group])
+                continue
+            if not going:
+                active.remove(hunt)
+                done[hunt.group.label()] = hunt
+        return done
+
+    def hunt(self, group: Group, left: int) -> Hunt:
+        deadline = math.inf
+        if self.deadline < math.inf:
+            rest = sum(map(len, self.items)) - len(self.results) - len(self.out_of_time)
+            deadline = time.monotonic() + (self.deadline - time.monotonic()) / max(rest, left, 1) * 1.5
+        tracks = {direction: self.track(group, direction) for direction in DIRECTIONS}
+        for track in tracks.values():
+            self.timer.open(track.name, track.key)
+        return Hunt(group, tracks, min(deadline, self.deadline), self.steps(group, tracks))
+
+    def close(self, hunt: Hunt) -> None:
+        for track in hunt.tracks.values():
+            self.timer.close(track.name)
+
+    def steps(self, group: Group, tracks: dict[str, Track]) -> Generator[tuple[str, Ask], Answer, None]:
+        """All asks of a group; leaves in each track what may be taken, the preferred first. Nothing where the default fails."""
+        for direction, track in tracks.items():
+            self.show(track, "searching", (None, None))
+            hints = self.hints(track)
+            search = strategies.local_race(track.default, self.seeds(track), self.space_of(track), hints, self.plan.search)
+            try:
+                track.ranked = (yield from _tagged(direction, search)).ranked
+            except strategies.DefaultFailed:
+                track.ranked = []
+            self.show(track, "searched")
+            self.say(f"searched {track.name}", 1)
+        if all(track.ranked for track in tracks.values()):
+            yield from self.segments(group, tracks)
+
+    def segments(self, group: Group, tracks: dict[str, Track]) -> Generator[tuple[str, Ask], Answer, None]:
+        """Takes another number of checkpoint segments where forward and backward together gain by it."""
+        base = tracks["forward"].default.checkpoint_segments
+        counts: tuple[int | None, ...] = space.segment_choices(group.op, self.effort)
+        known = [track.known.checkpoint_segments for track in tracks.values() if track.known is not None]
+        if known:
+            counts = tuple(dict.fromkeys([base, *known]))
+        if len(counts) < 2:
+            return
+        sums = dict.fromkeys(counts, 0.0)
+        for direction, track in tracks.items():
+            configs = {count: space.with_segments(track.ranked[0], count) for count in counts}
+            answer = yield direction, Ask(tuple(configs.values()), self.plan.segment_rounds)
+            for count, config in configs.items():
+                sums[count] += statistics.median(answer[config]) if answer.get(config) else math.inf
+        best = min(sums.values())
+        if not math.isfinite(best) or best > SEGMENT_GAIN * sums[base]:
+            return
+        taken = min((count for count in counts if sums[count] <= SEGMENT_TIE * best), key=lambda count: count or 0)
+        for track in tracks.values():
+            track.ranked = [space.with_segments(config, taken) for config in track.ranked]
+
+    def advance(self, hunt: Hunt, answer: Answer | None) -> bool:
+        """Hands an answer on, and begins to compile what is asked for next; False where nothing is."""
+        try:
+            hunt.direction, hunt.ask = next(hunt.steps) if answer is None else hunt.steps.send(answer)
+        except StopIteration:
+            self.close(hunt)
+            return False
+        track = hunt.tracks[hunt.direction]
+        hunt.compiles = {config: self.compile(track, config, 0) for config in hunt.ask.configs}
+        return True
+
+    def answer(self, hunt: Hunt) -> Answer:
+        """Times what is asked for, or finds it in the journal."""
+        track, ask = hunt.tracks[hunt.direction], hunt.ask
+        timed, alias = self.compiled(hunt, track)
+        name = f"{track.name} {track.asked}"
+        track.asked += 1
+        wanted = [config.to_json() for config in timed]
+        known = self.journal.get("samples", name)
+        if known is None or known["configs"] != wanted or known["rounds"] != ask.rounds:
+            self.say(f"timing {track.name}")
+            seconds = self.plan.ask_seconds
+            if hunt.deadline < math.inf:
+                if time.monotonic() > hunt.deadline:
+                    raise OutOfTime
+                seconds = max(0.05, min(seconds or math.inf, hunt.deadline - time.monotonic()))
+            samples, failures = self.timer.sample(track.name, timed, ask.rounds, seconds)
+            known = {
+                "configs": wanted,
+                "rounds": ask.rounds,
+                "samples": [samples.get(config) for config in timed],
+                "failures": [failures.get(config) for config in timed],
+            }
+            self.journal.put("samples", name, known)
+        answer: Answer = {}
+        for config, samples, failure in zip(timed, known["samples"], known["failures"], strict=True):
+            candidate = track.candidates[config]
+            if samples is None:
+                candidate.status, candidate.reason = failure
+                continue
+            answer[config] = samples
+            track.launches += len(samples)
+            track.samples.setdefault(config, []).extend(samples)
+            candidate.median_us = statistics.median(track.samples[config])
+        for config, same in alias.items():
+            if same in answer:
+                answer[config] = answer[same]
+                track.candidates[config].median_us = track.candidates[same].median_us
+        self.show(track, "searching")
+        return answer
+
+    def compiled(self, hunt: Hunt, track: Track) -> tuple[list[LaunchConfig], dict[LaunchConfig, LaunchConfig]]:
+        """What of an ask is to be timed, and which candidates are the same as one of these."""
+        timed: list[LaunchConfig] = []
+        alias: dict[LaunchConfig, LaunchConfig] = {}
+        for config in hunt.ask.configs:
+            future = hunt.compiles[config]
+            result = future.result()
+            name = json.dumps([track.key, config.to_json()], sort_keys=True)
+            if self.backend == "triton" and self.journal.get("compiled", name) is None:
+                self.journal.put("compiled", name, list(result))
+            candidate = track.candidates.get(config)
+            if candidate is None:
+                candidate = Candidate(config, "timed", "", None, result.registers, result.spills, result.occupancy)
+                track.candidates[config] = candidate
+                if result.status != "ok":
+                    candidate.status, candidate.reason = result.status, result.reason
+                elif config.variant == "inductor" and hunt.deadline - time.monotonic() < COMPILE_SECONDS:
+                    candidate.status, candidate.reason = "out of time", "no time was left to compile it"
+                elif result.identity:
+                    same = track.binaries.setdefault(result.identity, config)
+                    candidate.same_as = None if same == config else same
+            if candidate.status != "timed":
+                continue
+            if candidate.same_as is not None:
+                alias[config] = candidate.same_as
+                if candidate.same_as not in timed:
+                    timed.append(candidate.same_as)
+            elif config not in timed:
+                timed.append(config)
+        return timed, alias
+
+    # 3. the proofs
+
+    def finished(self, hunts: dict[str, Hunt]) -> dict[str, list[Json]]:
+        """Proves what was found in some groups, all at a time, and then times it against the defaults."""
+        for hunt in hunts.values():
+            for track in hunt.tracks.values():
+                self.show(track, "proving")
+        self.say(f"proving {len(hunts)} groups")
+        proving = {name: self.proofs(hunt) for name, hunt in hunts.items()}
+        pairs: dict[str, _Pair] = {}
+        pending: dict[Future[Json | Failure], tuple[str, str]] = {}
+
+        def go_on(name: str, found: Proved | None) -> None:
+            try:
+                request = next(proving[name]) if found is None else proving[name].send(found)
+            except StopIteration as stop:
+                pairs[name] = stop.value
+                self.say(f"proved {name}", 1)
+                return
+            text = json.dumps(request, sort_keys=True)
+            known = self.journal.get("proved", text)
+            if known is not None:
+                go_on(name, Proved(*known))
+            else:
+                pending[self.pool.submit(request, 0)] = name, text
+
+        for name in proving:
+            go_on(name, None)
+        while pending:
+            ready, _ = wait(pending, None, "FIRST_COMPLETED")
+            for future in ready:
+                name, text = pending.pop(future)
+                answer = future.result()
+                found = Proved(*answer) if isinstance(answer, Failure) else Proved(**answer)
+                self.journal.put("proved", text, list(found))
+                go_on(name, found)
+        return {name: self.final(hunts[name], pair) for name, pair in pairs.items()}
+
+    def proofs(self, hunt: Hunt) -> Generator[Json, Proved, _Pair]:
+        """What is to be proved in a group: the pair of defaults, and the best pair whose proof holds."""
+        group, forward, backward = hunt.group, hunt.tracks["forward"], hunt.tracks["backward"]
+
+        def request(one: LaunchConfig, two: LaunchConfig) -> Json:
+            return prove_request(group.op, group.dtype, group.rows, group.n, one, two, self.seed)
+
+        default = yield request(forward.default, backward.default)
+        pair = _Pair(forward.default, backward.default, default, default)
+        if default.status != "ok" or not (forward.ranked and backward.ranked):
+            for track in (forward, backward):
+                if default.status != "ok" and track.default in track.candidates:
+                    track.candidates[track.default].status = default.status
+                    track.candidates[track.default].reason = default.reason
+            return pair
+        ones, twos = (track.ranked[: 1 + ALTERNATIVES] for track in (forward, backward))
+        while ones and twos and (ones[0], twos[0]) != (forward.default, backward.default):
+            one, two = ones[0], twos[0]
+            found = yield request(one, two)
+            if found.status == "ok":
+                return pair._replace(one=one, two=two, found=found)
+            # which of them is to blame: each beside the other's default, with as many segments
+            segments = one.checkpoint_segments
+            with_default = yield request(one, space.with_segments(backward.default, segments))
+            other = yield request(space.with_segments(forward.default, segments), two)
+            if with_default.status != "ok" or other.status == "ok":
+                ones = _without(forward, one, found if with_default.status == "ok" else with_default, ones)
+            if other.status != "ok" or with_default.status == "ok":
+                twos = _without(backward, two, found if other.status == "ok" else other, twos)
+        return pair
+
+    # 4. the last race
+
+    def final(self, hunt: Hunt, pair: _Pair) -> list[Json]:
+        """A race of what was proved and the default, on fresh samples."""
+        tracks = hunt.tracks
+        if pair.default.status != "ok":
+            self.say(f"left out {hunt.group.label()}", 1)
+            return [self.report(track, None) for track in tracks.values()]
+        timed: dict[str, dict[LaunchConfig, timing.Timed]] = {}
+        for (direction, track), config in zip(tracks.items(), (pair.one, pair.two), strict=True):
+            timed[direction] = self.last_race(track, config)
+        choices: list[_Choice | None] = []
+        taken = {
+            direction: config != track.default and self.beats(timed[direction], config, track.default)
+            for (direction, track), config in zip(tracks.items(), (pair.one, pair.two), strict=True)
+        }
+        if pair.one.checkpoint_segments != tracks["forward"].default.checkpoint_segments:
+            # forward and backward have to agree on the segments: both are taken, or none is
+            both = self.together(timed, tracks, pair)
+            taken = dict.fromkeys(taken, both)
+        for (direction, track), config, proofs in zip(
+            tracks.items(),
+            (pair.one, pair.two),
+            ((pair.found.forward, pair.default.forward), (pair.found.backward, pair.default.backward)),
+            strict=True,
+        ):
+            found = timed[direction]
+            if track.default not in found:
+                choices.append(None)
+            elif taken[direction]:
+                choices.append(_Choice(config, proofs[0] or {}, found[config], found[track.default]))
+            else:
+                choices.append(_Choice(track.default, proofs[1] or {}, found[track.default], found[track.default]))
+        self.say(f"tuned {hunt.group.label()}", 1)
+        return [self.report(track, choice) for track, choice in zip(tracks.values(), choices, strict=True)]
+
+    def last_race(self, track: Track, config: LaunchConfig) -> dict[LaunchConfig, timing.Timed]:
+        configs = list(dict.fromkeys([track.default, config]))
+        wanted = [one.to_json() for one in configs]
+        known = self.journal.get("final", track.name)
+        if known is None or known["configs"] != wanted:
+            self.timer.open(track.name, track.key)
+            seconds = None if self.plan.ask_seconds is None else 2 * self.plan.ask_seconds
+            samples, failures = self.timer.sample(track.name, configs, self.plan.final_rounds, seconds)
+            methods = [self.timer.methods.get((track.name, one), "") for one in configs]
+            self.timer.close(track.name)
+            known = {"configs": wanted, "samples": [samples.get(one) for one in configs], "methods": methods}
+            known["failures"] = [failures.get(one) for one in configs]
+            self.journal.put("final", track.name, known)
+        found = {}
+        for one, samples, method, failure in zip(configs, known["samples"], known["methods"], known["failures"], strict=True):
+            if samples is None:
+                track.candidates[one].status, track.candidates[one].reason = failure
+            else:
+                track.launches += len(samples)
+                found[one] = timing.Timed(samples, method)
+        return found
+
+    @staticmethod
+    def beats(timed: dict[LaunchConfig, timing.Timed], config: LaunchConfig, default: LaunchConfig) -> bool:
+        if config not in timed or default not in timed:
+            return False
+        return strategies.beats(timed[config].samples, timed[default].samples)
+
+    @staticmethod
+    def together(timed: dict[str, dict[LaunchConfig, timing.Timed]], tracks: dict[str, Track], pair: _Pair) -> bool:
+        """Whether the pair surely beats the defaults in the sum of both directions, neither of which it makes much slower."""
+        sums: list[list[float]] = []
+        for configs in ((pair.one, pair.two), (tracks["forward"].default, tracks["backward"].default)):
+            parts = [timed[direction].get(config) for direction, config in zip(DIRECTIONS, configs, strict=True)]
+            one, two = parts
+            if one is None or two is None:
+                return False
+            sums.append([a + b for a, b in zip(one.samples, two.samples, strict=False)])
+        return strategies.beats(sums[0], sums[1])
+
+    # what is told
+
+    def report(self, track: Track, choice: _Choice | None) -> Json:
+        entry = choice.entry(track.key) if choice else None
+        gain = choice.default.median_us / choice.timed.median_us if choice else None
+        state = "left out" if choice is None else "default" if choice.config == track.default else "tuned"
+        self.show(track, state, (choice.timed.median_us if choice else None, gain))
+        return {
+            "key": track.key._asdict(),
+            "config": entry["config"] if entry else None,
+            "timing": entry["timing"] if entry else None,
+            "gain": None if gain is None else round(gain, 4),
+            "launches": track.launches,
+            "candidates": [candidate.to_json() for candidate in track.candidates.values()],
+            "entry": entry,
+        }
+
+    def result(self, seconds: float) -> Json:
+        keys = []
+        for group in self.groups:
+            for result in self.results.get(group.label(), []):
+                keys.append({name: value for name, value in result.items() if name != "entry"})
         dropped: Counter[str] = Counter()
         for key in keys:
             for candidate in key["candidates"]:
-                if candidate["status"] not in ("timed", "slower"):
+                if candidate["status"] != "timed":
                     dropped[candidate["status"]] += 1
-        if self.out_of_time:
-            dropped["keys left out: out of time"] = 2 * len(self.out_of_time)
+        left_out = len(self.groups) - len(self.results)
+        if left_out:
+            dropped["keys left out: out of time"] = 2 * left_out
         gains = [key["gain"] for key in keys if key["gain"]]
         return {
             "schema": 1,
@@ -348,48 +831,36 @@ class _Search:
             "seconds": round(seconds, 1),
             "effort": self.effort,
             "file": self.path.name,
-            "resumed": 2 * self.resumed,
+            "groups": len(self.groups),
+            "workers": self.workers,
+            "gpus": self.crew.world_size if self.crew else int(self.device.type == "cuda"),
+            "resumed": self.resumed,
+            "launches": sum(key["launches"] for key in keys),
             "keys": keys,
             "dropped": dict(dropped),
             "geometric_mean_gain": round(statistics.geometric_mean(gains), 4) if gains else None,
         }
 
 
-def _label(key: Key) -> str:
-    return f"{key.op} {key.direction} {key.dtype} {key.rows}x{key.n}"
+class _Pair(NamedTuple):
+    """What may be shipped of a group: configurations of both directions with their proof, and the proof of the defaults."""
 
-
-# --- one group -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Candidate:
-    config: LaunchConfig
-    outcome: Outcome
-    status: str
-    median_us: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "config": self.config.to_json(),
-            "status": self.status,
-            "reason": self.outcome.reason,
-            "median_us": None if self.median_us is None else round(self.median_us, 4),
-            "registers": self.outcome.registers,
-            "spills": self.outcome.spills,
-        }
+    one: LaunchConfig
+    two: LaunchConfig
+    found: Proved
+    default: Proved
 
 
 @dataclass
 class _Choice:
-    """What a final round decided for one direction."""
+    """What the last race decided for one direction."""
 
     config: LaunchConfig
-    outcome: Outcome
+    proof: Json
     timed: timing.Timed
     default: timing.Timed
 
-    def entry(self, key: Key) -> dict[str, Any]:
+    def entry(self, key: Key) -> Json:
         measured = self.timed.to_json()
         figures = {
             "median_us": measured["median_us"],
@@ -398,218 +869,30 @@ class _Choice:
             "samples": measured["samples"],
             "method": measured["method"],
         }
-        return store.make_entry(key, self.config, figures, self.outcome.proof or {})
+        return store.make_entry(key, self.config, figures, self.proof)
 
 
-class _Tuner:
-    """Tunes one group: both directions of one operator on one bucket."""
-
-    def __init__(self, search: _Search, group: Group, deadline: float) -> None:
-        self.search, self.group, self.deadline = search, group, deadline
-        self.device, self.plan = search.device, search.plan
-        self.kernels = raw(group.op, search.backend)
-        self.defaults = {
-            direction: kernel_config.heuristic(group.key(direction), search.backend) for direction in kernel_config.DIRECTIONS
-        }
-        self.candidates: dict[str, list[_Candidate]] = {}
-
-    def tune(self) -> list[dict[str, Any]]:
-        choices: dict[str, _Choice | None] = {}
-        finalists: dict[str, list[_Candidate]] = {}
-        for direction in kernel_config.DIRECTIONS:
-            self.search.say(f"timing {_label(self.group.key(direction))}")
-            self.candidates[direction] = self.proved(direction)
-            finalists[direction] = self.screened(direction)
-            choices[direction] = self.final(direction, finalists[direction])
-            self.search.say(f"timed {_label(self.group.key(direction))}", 1)
-        self.with_other_segments(choices)
-        return [self.report(direction, choices[direction]) for direction in kernel_config.DIRECTIONS]
-
-    def report(self, direction: str, choice: _Choice | None) -> dict[str, Any]:
-        key = self.group.key(direction)
-        entry = choice.entry(key) if choice else None
-        return {
-            "key": key._asdict(),
-            "config": entry["config"] if entry else None,
-            "timing": entry["timing"] if entry else None,
-            "gain": round(choice.default.median_us / choice.timed.median_us, 4) if choice else None,
-            "candidates": [candidate.to_json() for candidate in self.candidates[direction]],
-            "entry": entry,
-        }
-
-    def task(self, direction: str, config: LaunchConfig) -> Task:
-        """A candidate joined to the other direction's default, with the segments of the candidate."""
-        other = "backward" if direction == "forward" else "forward"
-        partner = space.with_segments(self.defaults[other], config.checkpoint_segments)
-        return Task(self.group.key(direction), config, partner, self.search.seed)
-
-    def proved(self, direction: str) -> list[_Candidate]:
-        found = []
-        for config in self.search.candidates(self.group, direction):
-            compiled = config.variant == "inductor"
-            left = self.deadline - time.monotonic()
-            if left < (self.search.compile_seconds if compiled else 0.0):
-                if config == self.defaults[direction]:
-                    raise OutOfTime
-                outcome = Outcome("out of time", "no time was left to verify it")
-                self.search.say("", 1)
-            else:
-                outcome = self.search.prove(self.task(direction, config))
-                if compiled and outcome.seconds > 1.0:
-                    self.search.compile_seconds = outcome.seconds
-            status = "timed" if outcome.status == "ok" else outcome.status
-            found.append(_Candidate(config, outcome, status))
+def _tagged(direction: str, search: strategies.Search) -> Generator[tuple[str, Ask], Answer, Found]:
+    """A search whose asks say which direction they are about."""
+    try:
+        ask = next(search)
+        while True:
+            ask = search.send((yield direction, ask))
+    except StopIteration as stop:
+        found: Found = stop.value
         return found
 
-    # the inputs
 
-    def bytes_per_set(self) -> int:
-        """What a forward reads and writes; a backward moves more."""
-        return 2 * self.group.rows * self.group.n * getattr(torch, self.group.dtype).itemsize
-
-    def scores(self) -> torch.Tensor:
-        """[sets, rows, n], normal."""
-        return self._normal(0)
-
-    def grads(self) -> torch.Tensor:
-        return self._normal(1)
-
-    def _normal(self, offset: int) -> torch.Tensor:
-        shape = (timing.input_sets(self.device, self.bytes_per_set()), self.group.rows, self.group.n)
-        generator = torch.Generator(self.device).manual_seed(2 * self.search.seed + offset)
-        made = torch.empty(shape, dtype=getattr(torch, self.group.dtype), device=self.device)
-        for one in made:
-            one.copy_(torch.randn(shape[1:], generator=generator, device=self.device))
-        return made
-
-    def works(self, direction: str, configs: list[LaunchConfig]) -> list[timing.Work]:
-        scores, op, kernels, size = self.scores(), self.group.op, self.kernels, self.bytes_per_set()
-        made: list[timing.Work] = []
-        if direction == "forward":
-            for config in configs:
-                made.append(timing.Work("", _forward_call(op, kernels, scores, config), len(scores), size))
-            return made
-        grads = self.grads()
-        saved: dict[int | None, list[torch.Tensor]] = {}
-        for config in configs:
-            segments = config.checkpoint_segments
-            if segments not in saved:
-                forward = space.with_segments(self.defaults["forward"], segments)
-                saved[segments] = [run_forward(op, kernels, one, forward)[1] for one in scores]
-            call = _backward_call(op, kernels, grads, scores, saved[segments], config)
-            made.append(timing.Work("", call, len(scores), size))
-        return made
-
-    def race(self, direction: str, configs: list[LaunchConfig], final: bool) -> list[timing.Timed | Exception]:
-        plan = self.plan
-        samples, seconds = (plan.final_samples, plan.final_seconds) if final else (plan.screen_samples, plan.screen_seconds)
-        seconds = max(0.05, min(seconds, self.deadline - time.monotonic()))
-        with _no_grad(self.device):
-            works = self.works(direction, configs)
-            return timing.race(works, self.device, samples=samples, target_us=plan.sample_us, seconds=seconds)
-
-    # the rounds
-
-    def screened(self, direction: str) -> list[_Candidate]:
-        """The best few of those that are right, the default first. Empty when the default itself is not right."""
-        right = [candidate for candidate in self.candidates[direction] if candidate.status == "timed"]
-        default = next((one for one in right if one.config == self.defaults[direction]), None)
-        if default is None:
-            return []
-        timed = self.race(direction, [one.config for one in right], final=False)
-        for candidate, result in zip(right, timed, strict=True):
-            if isinstance(result, timing.Timed):
-                candidate.median_us = result.median_us
-            else:
-                candidate.status = "crashes"
-                candidate.outcome = replace(candidate.outcome, reason=one_line(result))
-        others = [one for one in right if one is not default and one.median_us is not None]
-        others.sort(key=lambda one: one.median_us or math.inf)
-        for slower in others[FINALISTS:]:
-            slower.status = "slower"
-        return [default, *others[:FINALISTS]]
-
-    def final(self, direction: str, finalists: list[_Candidate]) -> _Choice | None:
-        """A race of the best few and the default on fresh samples; the default stays unless another surely beats it."""
-        if not finalists:
-            return None
-        results = self.race(direction, [one.config for one in finalists], final=True)
-        default = results[0]
-        if not isinstance(default, timing.Timed):
-            return None
-        chosen, best = finalists[0], default
-        for candidate, result in zip(finalists[1:], results[1:], strict=True):
-            if not isinstance(result, timing.Timed):
-                continue
-            candidate.median_us = result.median_us
-            if result.median_us < best.median_us and timing.paired_ratio(result, default)[2] < 1.0:
-                chosen, best = candidate, result
-        finalists[0].median_us = default.median_us
-        return _Choice(chosen.config, chosen.outcome, best, default)
-
-    def with_other_segments(self, choices: dict[str, _Choice | None]) -> None:
-        """Takes another number of checkpoint segments where forward and backward together gain by it."""
-        others = () if self.search.chosen_before(self.group) else space.segment_choices(self.group.op, self.search.effort)[1:]
-        forward, backward = choices["forward"], choices["backward"]
-        if not others or forward is None or backward is None or time.monotonic() > self.deadline:
-            return
-        base = (None, *others)
-
-        def raced(direction: str, choice: _Choice, final: bool, counts: tuple[int | None, ...]) -> list[Any]:
-            configs = [space.with_segments(choice.config, one or choice.config.checkpoint_segments) for one in counts]
-            return self.race(direction, configs, final)
-
-        def sums(counts: tuple[int | None, ...], final: bool) -> tuple[list[Any], list[Any], list[float]]:
-            one, two = raced("forward", forward, final, counts), raced("backward", backward, final, counts)
-            added = [
-                a.median_us + b.median_us if isinstance(a, timing.Timed) and isinstance(b, timing.Timed) else math.inf
-                for a, b in zip(one, two, strict=True)
-            ]
-            return one, two, added
-
-        _, _, screened = sums(base, final=False)
-        best = min(range(len(base)), key=lambda i: (screened[i], i))
-        segments = base[best]
-        if segments is None or screened[best] > SEGMENT_GAIN * screened[0]:
-            return
-        proved = {}
-        for direction, choice in (("forward", forward), ("backward", backward)):
-            config = space.with_segments(choice.config, segments)
-            outcome = self.search.prove(self.task(direction, config), counts=False)
-            if outcome.status != "ok":
-                self.candidates[direction].append(_Candidate(config, outcome, outcome.status))
-                return
-            proved[direction] = (config, outcome)
-        one, two, added = sums((None, segments), final=True)
-        if not added[1] <= SEGMENT_GAIN * added[0]:
-            return
-        for direction, results in (("forward", one), ("backward", two)):
-            config, outcome = proved[direction]
-            old = choices[direction]
-            if old is None:
-                return
-            # the default was not in this race: it is put on its scale by the configuration that was in both
-            scale = results[0].median_us / old.timed.median_us
-            default = timing.Timed([sample * scale for sample in old.default.samples], old.default.method)
-            choices[direction] = _Choice(config, outcome, results[1], default)
-            self.candidates[direction].append(_Candidate(config, outcome, "timed", results[1].median_us))
+def _without(track: Track, config: LaunchConfig, proved: Proved, left: list[LaunchConfig]) -> list[LaunchConfig]:
+    """The candidates that are left when the first one's proof has failed."""
+    base = space.with_segments(config, track.default.checkpoint_segments)
+    candidate = track.candidates.get(config) or track.candidates.get(base)
+    if candidate is not None and config != track.default:
+        candidate.status, candidate.reason = proved.status, proved.reason
+    return left[1:]
 
 
-@contextlib.contextmanager
-def _no_grad(device: torch.device) -> Iterator[None]:
-    with torch.no_grad():
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                yield
-        else:
-            yield
-
-
-def _forward_call(op: str, kernels: Any, scores: torch.Tensor, config: LaunchConfig) -> Callable[[int], Any]:
-    return lambda i: run_forward(op, kernels, scores[i], config)
-
-
-def _backward_call(
-    op: str, kernels: Any, grads: torch.Tensor, scores: torch.Tensor, saved: list[torch.Tensor], config: LaunchConfig
-) -> Callable[[int], Any]:
-    return lambda i: run_backward(op, kernels, grads[i], scores[i], saved[i], config)
+def distance(one: Key, two: Key) -> float:
+    """How far apart two keys of an operator are: doublings of the length and of the rows, and one for another dtype."""
+    away = abs(math.log2(one.n / two.n)) + abs(math.log2(one.rows / two.rows))
+    return away + (one.dtype != two.dtype)

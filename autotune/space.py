@@ -110,6 +110,20 @@ def with_segments(config: LaunchConfig, segments: int | None) -> LaunchConfig:
     return replace(config, checkpoint_segments=segments)
 
 
+def fitted(config: LaunchConfig, source: Key, key: Key) -> LaunchConfig:
+    """A configuration of another key of the same operator and direction, carried over to this key's length.
+
+    A resident row has its own length as its block, and as many warps as keep the scores a thread; programs that share a row
+    become more or fewer with its length.
+    """
+    if config.variant == "resident":
+        return replace(config, block=key.n, num_warps=max(1, min(config.num_warps * key.n // config.block, 32)))
+    if config.variant == "split":
+        programs = max(2, config.programs_per_row * key.n // source.n)
+        return replace(config, programs_per_row=min(programs, 2048))
+    return config
+
+
 # --- GPU -------------------------------------------------------------------------------------------------------------
 
 
@@ -150,30 +164,41 @@ def _gpu(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:
     if key.n >= 16384 and key.rows <= 64:
         made += _split(key, default, effort)
     if default.variant == "tiled" or (effort == "full" and key.n >= 8192 and key.rows >= 64):
-        tiles = ((4096, 16, 1), (8192, 32, 1), (4096, 8, 1), (8192, 16, 2))
+        tiles = [(4096, 16, 1), (8192, 32, 1), (4096, 8, 1), (8192, 16, 2)]
+        if effort == "full":
+            tiles += ((b, w, s) for b in (2048, 4096, 8192) for w in (8, 16, 32) for s in (1, 2))
         made += [LaunchConfig("tiled", b, 1, w, s, default.checkpoint_segments) for b, w, s in tiles if b < 2 * key.n]
     return [config for config in made if is_valid(config, key)]
 
 
+_CAPS = (32, 40, 48, 64, 80, 96, 128, 168)
+"""Registers a thread at which one more warp fits a multiprocessor for each four, or nearly so."""
+
+
 def _resident(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:
-    """Threads with 8 to 128 scores; the more a thread has, the less is done twice, the fewer programs run side by side."""
-    full = effort == "full"
+    """Threads with 4 to 128 scores; the more a thread has, the less is done twice, the fewer programs run side by side."""
     few = key.rows * key.n <= 1 << 20
-    shares: tuple[int, ...] = (4, 8, 16, 32, 64, 128) if full else (4, 8, 16, 32) if few else (8, 16, 32, 64)
-    if key.op == "coordinate_descent" and not few:
-        shares = (8, 16, 32, 64, 128) if full else (16, 32, 64, 128)
+    if effort == "full":
+        shares: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    elif few:
+        shares = (4, 8, 16, 32)
+    else:
+        shares = (16, 32, 64, 128) if key.op == "coordinate_descent" else (8, 16, 32, 64)
     made = []
-    for rows in (1, 2, 4, 8, 16, 32) if key.n < 2048 else (1,):
+    for rows in (1, 2, 4, 8, 16, 32) if key.n < 2048 else (1, 2) if effort == "full" else (1,):
         for share in shares:
             warps = rows * key.n // (32 * share)
-            # several rows a program pay where a warp takes them all
-            if warps < 1 or (rows > 1 and warps > (4 if full else 1)):
+            # several rows a program pay where few warps take them all
+            if warps < 1 or (rows > 1 and warps > (8 if effort == "full" else 1)):
                 continue
             plain = LaunchConfig("resident", key.n, rows, warps, 1, default.checkpoint_segments)
             made.append(plain)
-            if not few or full:
-                caps = {8: (32, 40), 16: (40, 64), 32: (64, 80), 64: (96, 128), 128: (168,)}.get(share, ())
-                made += [replace(plain, max_registers=cap) for cap in (caps if full else caps[-1:])]
+            if effort == "full":
+                made += [replace(plain, max_registers=cap) for cap in _CAPS if share <= cap - 24 and cap <= 4 * share + 32]
+            elif not few:
+                made += [
+                    replace(plain, max_registers=cap) for cap in {8: (40,), 16: (64,), 32: (80,), 64: (128,), 128: (168,)}[share]
+                ]
     if not made:
         made.append(LaunchConfig("resident", key.n, 1, 1, 1, default.checkpoint_segments))
     return made
@@ -181,19 +206,20 @@ def _resident(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig
 
 def _split(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:
     """Rows shared by as many programs as there are processors for, or half of them; backwards by any number."""
-    made = []
+    full, made = effort == "full", []
     if key.direction == "forward":
         most = kernel_config.side_by_side(key.rows)
-        counts = [most >> shift for shift in range(3 if effort == "full" else 2)]
+        counts = [most >> shift for shift in range(4 if full else 2)]
     else:
-        counts = [key.n // block for block in ((1024, 2048, 4096, 8192) if effort == "full" else (2048, 4096, 8192))]
+        counts = [key.n // block for block in ((1024, 2048, 4096, 8192, 16384) if full else (2048, 4096, 8192))]
     for programs in counts:
         if programs < 2 or key.n // programs < 512:
             continue
         chunk = key.n // programs
-        blocks = (chunk,) if chunk <= 16384 else (8192, 16384)
+        blocks = (chunk,) if chunk <= 16384 else (4096, 8192, 16384) if full else (8192, 16384)
+        shares = (4, 8, 16, 32, 64) if full else (16, 32, 64) if key.direction == "forward" else (16, 32)
         for block in blocks:
-            for share in (16, 32, 64) if effort == "full" or key.direction == "forward" else (16, 32):
+            for share in shares:
                 warps = block // (32 * share)
                 if 1 <= warps <= 32:
                     made.append(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ..kernels.config import LaunchConfig
 from .timing import median_interval
 
-STEPS = ("block", "rows_per_program", "num_warps", "num_stages", "programs_per_row", "max_registers", "num_threads")
+STEPS = ("block", "rows_per_program", "num_warps", "num_stages", "programs_per_row", "num_threads")
 """The fields of a configuration that have an order, so that there is a next and a previous value."""
 
 
@@ -52,27 +52,31 @@ class Plan:
     """How much a search asks for.
 
     Attributes:
+        every_shape: begin with all candidates that do not limit registers, not only with the seeds.
         first_rounds: rounds of the seeds and of the neighbours of the best.
-        refinements: how often the neighbours of the best are looked at, at most.
+        centres: how many of the best have their neighbours looked at.
+        refinements: how often that is done, at most.
         near: of the candidates whose ratio is within this factor of the best, ``contenders`` go on.
         contenders: how many go on at most.
         contender_rounds: rounds of the contenders.
-        closest: of these, the ones that are within this factor of the best are timed for ``closest_rounds`` more.
-        closest_rounds: rounds of the closest.
         tie: candidates within this factor of the best are as good as it; see :func:`preferred`.
+        doubts: how often those of which it is not clear whether they are within ``tie`` are timed again, at most.
+        doubt_rounds: rounds of these.
     """
 
+    every_shape: bool = True
     first_rounds: int = 3
-    refinements: int = 3
-    near: float = 1.05
-    contenders: int = 6
-    contender_rounds: int = 5
-    closest: float = 1.02
-    closest_rounds: int = 8
-    tie: float = 1.007
+    centres: int = 3
+    refinements: int = 4
+    near: float = 1.03
+    contenders: int = 8
+    contender_rounds: int = 6
+    tie: float = 1.003
+    doubts: int = 3
+    doubt_rounds: int = 8
 
 
-QUICK = Plan(refinements=2, contenders=4, contender_rounds=4, closest_rounds=6)
+QUICK = Plan(every_shape=False, centres=2, refinements=2, contenders=4, contender_rounds=5, doubts=1)
 FULL = Plan()
 
 
@@ -80,30 +84,58 @@ FULL = Plan()
 
 
 def neighbours(config: LaunchConfig, space: Sequence[LaunchConfig]) -> list[LaunchConfig]:
-    """The candidates one step away: the next or the previous value of one field, among the values of the same variant.
+    """The candidates one step away.
 
-    A step in two fields counts where the work of a thread stays the same: twice the rows by twice the warps, half the block by
-    twice the programs.
+    A step is the next or the previous value of one field, of those that occur beside the same values of the other fields. A
+    step in two fields counts where the work of a thread stays the same: twice the rows by twice the warps, half the block by
+    twice the programs. After a step the limit of registers may be the same, none, or the nearest to it that occurs; and
+    the next limits, and none, are steps themselves.
     """
     same = [other for other in space if other.variant == config.variant]
-    values = {name: sorted({getattr(other, name) for other in (*same, config)}) for name in STEPS}
-    places = {name: {value: place for place, value in enumerate(found)} for name, found in values.items()}
+    shapes = {_shape(other): [one for one in same if _shape(one) == _shape(other)] for other in same}
+    here = _shape(config)
+    found = _next_limits(config, shapes.get(here, []))
+    for shape in _next_shapes(here, list(shapes)):
+        limits = {other.max_registers: other for other in shapes[shape]}
+        nearest = min(limits, key=lambda limit: (limit == 0, abs(limit - config.max_registers)))
+        found += [limits[limit] for limit in dict.fromkeys((config.max_registers, 0, nearest)) if limit in limits]
+    return list(dict.fromkeys(found))
 
-    def steps(other: LaunchConfig) -> list[int]:
-        moved = (places[name][getattr(other, name)] - places[name][getattr(config, name)] for name in STEPS)
-        return [abs(step) for step in moved if step]
 
-    found = []
-    for other in same:
-        away = steps(other)
-        if away == [1] or (away == [1, 1] and _share(other) == _share(config)):
-            found.append(other)
+_Shape = tuple[int, ...]
+
+
+def _shape(config: LaunchConfig) -> _Shape:
+    return tuple(getattr(config, name) for name in STEPS)
+
+
+def _next_limits(config: LaunchConfig, same: list[LaunchConfig]) -> list[LaunchConfig]:
+    """No limit of registers is the widest of them, and a step from any."""
+    ordered = sorted(same, key=lambda other: other.max_registers or 1 << 20)
+    limits = [other.max_registers for other in ordered]
+    if config.max_registers not in limits:
+        return ordered
+    place = limits.index(config.max_registers)
+    near = ordered[max(place - 1, 0) : place] + ordered[place + 1 : place + 2]
+    return near + [other for other in ordered if other.max_registers == 0 and other != config]
+
+
+def _next_shapes(here: _Shape, shapes: list[_Shape]) -> list[_Shape]:
+    found: list[_Shape] = []
+    for i in range(len(STEPS)):
+        line = sorted({shape[i] for shape in shapes if shape[:i] + shape[i + 1 :] == here[:i] + here[i + 1 :]} | {here[i]})
+        place = line.index(here[i])
+        for value in line[max(place - 1, 0) : place] + line[place + 1 : place + 2]:
+            found.append((*here[:i], value, *here[i + 1 :]))
+    block, rows, warps, programs = (STEPS.index(name) for name in ("block", "rows_per_program", "num_warps", "programs_per_row"))
+    for one, two, sign in ((rows, warps, 1), (block, warps, 1), (block, programs, -1)):
+        for up in (1, -1):
+            moved = list(here)
+            for place, step in ((one, up), (two, sign * up)):
+                moved[place] = moved[place] * 2 if step > 0 else moved[place] // 2
+            if tuple(moved) in shapes:
+                found.append(tuple(moved))
     return found
-
-
-def _share(config: LaunchConfig) -> float:
-    """Scores a thread, up to a constant factor."""
-    return config.rows_per_program * config.block / max(config.num_warps, 1)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -132,6 +164,27 @@ class Ratios:
 
     def medians(self) -> dict[LaunchConfig, float]:
         return {config: statistics.median(found) for config, found in self.rounds.items()}
+
+    def doubtful(self, configs: Sequence[LaunchConfig], hints: Sequence[LaunchConfig], tie: float) -> list[LaunchConfig]:
+        """What has to be timed again to know which candidate is taken; nothing where that is clear.
+
+        That is the best, and every candidate that the rule prefers to the one that would be taken now, and of which it is not
+        clear whether it is within ``tie`` of the best, and this one if it is not clear of it either.
+        """
+        medians = {config: statistics.median(self.rounds[config]) for config in configs if config in self.rounds}
+        if not medians:
+            return []
+        best = min(medians, key=lambda one: (medians[one], _key(one)))
+        taken = preferred(medians, self.default, hints, tie)[0]
+        found = [best]
+        for config in medians:
+            low, high = median_interval(self.rounds[config])
+            if config != best and low <= tie * medians[best] <= high:
+                # would it be taken, if it were within the tie?
+                pair = {config: 1.0, taken: 1.0}
+                if config == taken or preferred(pair, self.default, hints, tie)[0] == config:
+                    found.append(config)
+        return found if len(found) > 1 else []
 
     def known(self, config: LaunchConfig) -> bool:
         return config in self.rounds or config in self.failed
@@ -211,27 +264,29 @@ def local_race(
     def by_time(medians: dict[LaunchConfig, float]) -> list[LaunchConfig]:
         return sorted(medians, key=lambda one: (medians[one], _key(one)))
 
-    yield from ask([*hints, *(seed for seed in seeds if seed in inside)], plan.first_rounds)
+    first = [*hints, *(seed for seed in seeds if seed in inside)]
+    if plan.every_shape:
+        first += [config for config in space if config.max_registers == 0]
+    yield from ask(first, plan.first_rounds)
     looked: set[LaunchConfig] = set()
     for _ in range(plan.refinements):
         medians = ratios.medians()
-        # from the best two, for the best of few rounds may be so by luck
-        centres = [config for config in by_time(medians)[:2] if config not in looked]
+        # from the best few, for the best of few rounds may be so by luck
+        centres = [config for config in by_time(medians)[: plan.centres] if config not in looked]
         looked.update(centres)
-        around = [other for centre in centres for other in neighbours(centre, space) if not ratios.known(other)]
+        around = dict.fromkeys(other for centre in centres for other in neighbours(centre, space) if not ratios.known(other))
         if around:
             yield from ask(around, plan.first_rounds)
-    for factor, most, rounds in (
-        (plan.near, plan.contenders, plan.contender_rounds),
-        (plan.closest, plan.contenders, plan.closest_rounds),
-    ):
-        medians = ratios.medians()
-        best = min(medians.values())
-        close = [
-            config for config in sorted(medians, key=lambda one: (medians[one], _key(one))) if medians[config] <= factor * best
-        ]
-        if close and close != [default]:
-            yield from ask(close[:most], rounds)
+    medians = ratios.medians()
+    best = min(medians.values())
+    close = [config for config in by_time(medians) if medians[config] <= plan.near * best][: plan.contenders]
+    if close != [default]:
+        yield from ask(close, plan.contender_rounds)
+        for _ in range(plan.doubts):
+            doubtful = ratios.doubtful(close, hints, plan.tie)
+            if not doubtful:
+                break
+            yield from ask(doubtful, plan.doubt_rounds)
     medians = ratios.medians()
     return Found(preferred(medians, default, hints, plan.tie), medians)
 

@@ -152,6 +152,10 @@ class Race:
         """Prepares a piece of work and says how it will be measured; raises what the work raises."""
         return self._track.add(name, work)
 
+    def drop(self, name: Hashable) -> None:
+        """Lets go of a piece of work."""
+        self._track.drop(name)
+
     def round(self, names: Sequence[Hashable]) -> dict[Hashable, float | Exception]:
         """One sample of each, in microseconds a call; in the next round another one is the first."""
         turn, self._turn = self._turn, self._turn + 1
@@ -181,6 +185,9 @@ class _Cpu:
         calls = max(1, min(1000, math.ceil(self._target_us / max(once, 0.1))))
         self._works[name] = work, calls
         return f"perf_counter around {calls} call(s), {work.sets} input set(s), interleaved"
+
+    def drop(self, name: Hashable) -> None:
+        del self._works[name]
 
     def round(self, names: Sequence[Hashable], turn: int) -> dict[Hashable, float | Exception]:
         samples: dict[Hashable, float | Exception] = {}
@@ -248,6 +255,9 @@ class _Cuda:
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._prepared[name] = _Prepared(replay, calls, *events)
         return method
+
+    def drop(self, name: Hashable) -> None:
+        del self._prepared[name]
 
     def round(self, names: Sequence[Hashable], turn: int) -> dict[Hashable, float | Exception]:
         torch.cuda._sleep(_SPIN_CYCLES)

@@ -1,12 +1,14 @@
-"""Processes that compile and check candidates, so that one that crashes or hangs costs itself and no more.
+"""Processes that compile, verify and time candidates, so that one that crashes or hangs costs itself and no more.
 
-A worker is this module run as a program. It reads one task a line (JSON) and answers one outcome a line. The pool hands
-tasks out, notices a worker that died or does not answer, and starts another.
+A worker is this module run as a program. It reads one request a line (JSON) and answers each with one line. ``Worker`` is a
+process, for one request after another; ``Pool`` is several of them for requests that do not depend on each other. One that died
+or does not answer is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -14,65 +16,91 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from ..kernels.config import Key, LaunchConfig
-from .proof import Outcome
 
-TASK_SECONDS = 120.0
-"""A candidate that has not been compiled and checked by then hangs."""
+REQUEST_SECONDS = 120.0
+"""A candidate that has not been compiled or checked by then hangs."""
 
 START_SECONDS = 180.0
 """How long a worker may take to import torch and reach its device."""
 
+PROGRAM = (sys.executable, "-P", "-m", __name__)
+
+Json = dict[str, Any]
+
 
 class WorkerError(RuntimeError):
-    """A worker process does not start: nothing can be proved here."""
+    """A worker process does not start: nothing can be proved or timed here."""
 
 
-class Task(NamedTuple):
-    """One candidate to prove: see :func:`coordroute.autotune.proof.prove`."""
+class Failure(NamedTuple):
+    """There is no answer: the process died ("crashes"), was killed because it took too long ("hangs"), or said why not."""
 
-    key: Key
-    config: LaunchConfig
-    partner: LaunchConfig
-    seed: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "key": self.key._asdict(),
-            "config": self.config.to_json(),
-            "partner": self.partner.to_json(),
-            "seed": self.seed,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Task:
-        return cls(
-            Key(**data["key"]),
-            LaunchConfig.from_json(data["config"]),
-            LaunchConfig.from_json(data["partner"]),
-            data["seed"],
-        )
-
-    def identifier(self) -> str:
-        """A text that is the same for the same task, in this process and in the next."""
-        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+    status: str
+    reason: str
 
 
-class _Worker:
-    """One worker process and the thread that reads its answers."""
+class Worker:
+    """One worker process, which is started by the first request and again after each failure.
 
-    def __init__(self, device: str, threads: int) -> None:
-        self._device = device
+    Args:
+        device: as torch names it.
+        threads: of torch, in the process.
+        program: the command line, without the device.
+    """
+
+    def __init__(self, device: str, threads: int = 1, program: Sequence[str] = PROGRAM) -> None:
+        self._device, self._threads, self._program = device, threads, program
+        self._process: _Process | None = None
+        self.starts = 0
+
+    def ask(self, request: Json, seconds: float = REQUEST_SECONDS) -> Json | Failure:
+        """Sends a request and waits for the answer. After a failure the process is gone, and with it what it held.
+
+        Raises:
+            WorkerError: the process does not start.
+        """
+        if self._process is None:
+            self._process = _Process(self._device, self._threads, self._program)
+            self.starts += 1
+            hello = self._process.answer(START_SECONDS)
+            if isinstance(hello, Failure):
+                self.stop()
+                raise WorkerError(f"a worker process does not start on {self._device}: {hello.reason}")
+        answer = self._process.ask(request, seconds)
+        if isinstance(answer, Failure):
+            self.stop()
+            return answer
+        if "failed" in answer:
+            failure = Failure(answer["failed"], answer["reason"])
+            if _poisoned(failure.reason):
+                self.stop()
+            return failure
+        return answer
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process of the last request is still there."""
+        return self._process is not None
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+
+class _Process:
+    def __init__(self, device: str, threads: int, program: Sequence[str]) -> None:
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         environment["OMP_NUM_THREADS"] = str(threads)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, device],
+            [*program, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -81,45 +109,44 @@ class _Worker:
         )
         self._answers: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.ready = False
 
     def _read(self) -> None:
         stdout = self._process.stdout
         if stdout is not None:
-            for line in stdout:
-                self._answers.put(line)
+            with contextlib.suppress(ValueError):  # closed meanwhile
+                for line in stdout:
+                    self._answers.put(line)
         self._answers.put(b"")
 
-    def prove(self, task: Task) -> Outcome:
-        if not self.ready:
-            hello = self._answer(START_SECONDS)
-            if isinstance(hello, Outcome):
-                raise WorkerError(f"a worker process does not start on {self._device}: {hello.reason}")
-            self.ready = True
+    def ask(self, request: Json, seconds: float) -> Json | Failure:
         stdin = self._process.stdin
         try:
             if stdin is None:
-                return Outcome("crashes", "the worker has no input")
-            stdin.write(json.dumps(task.to_json()).encode() + b"\n")
+                return Failure("crashes", "the worker has no input")
+            stdin.write(json.dumps(request).encode() + b"\n")
             stdin.flush()
-        except OSError:
-            return Outcome("crashes", self._last_error())
-        answer = self._answer(TASK_SECONDS)
-        return answer if isinstance(answer, Outcome) else Outcome(**answer)
+        except (OSError, ValueError):
+            return Failure("crashes", self._last_error())
+        return self.answer(seconds)
 
-    def _answer(self, seconds: float) -> dict[str, Any] | Outcome:
+    def answer(self, seconds: float) -> Json | Failure:
         try:
             line = self._answers.get(timeout=seconds)
         except queue.Empty:
-            return Outcome("hangs", f"no answer within {seconds:.0f} s")
-        return json.loads(line) if line else Outcome("crashes", self._last_error())
+            return Failure("hangs", f"no answer within {seconds:.0f} s")
+        if not line:
+            return Failure("crashes", self._last_error())
+        answer: Json = json.loads(line)
+        return answer
 
     def _last_error(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
-        self._errors.seek(0)
-        lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"exit status {self._process.poll()}: {lines[-1][:200] if lines else 'nothing said'}"
+        with contextlib.suppress(ValueError):
+            self._errors.seek(0)
+            lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
+            return f"exit status {self._process.poll()}: {lines[-1][:200] if lines else 'nothing said'}"
+        return "it was stopped"
 
     def stop(self) -> None:
         self._process.kill()
@@ -130,123 +157,193 @@ class _Worker:
                     stream.close()
 
 
-class Pool:
-    """Worker processes for one device. Use as a context manager: leaving it ends them."""
+def _poisoned(reason: str) -> bool:
+    """After such an error nothing that the process launches is right any more: it is replaced."""
+    return "AcceleratorError" in reason or "CUDA error" in reason
 
-    def __init__(self, device: str, size: int) -> None:
+
+# --- the pool --------------------------------------------------------------------------------------------------------
+
+
+class Pool:
+    """Worker processes for one device, each begun when it is needed. Use as a context manager: leaving it ends them."""
+
+    def __init__(self, device: str, size: int, program: Sequence[str] = PROGRAM) -> None:
         self.size = size
-        self._device = device
-        self._threads = max(1, (os.cpu_count() or 1) // size)
-        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
-        self._all: set[_Worker] = set()
-        self._lock = threading.Lock()
+        threads = max(1, (os.cpu_count() or 1) // size)
+        self._workers = [Worker(device, threads, program) for _ in range(size)]
+        self._waiting: queue.PriorityQueue[tuple[int, int, tuple[Json, Future[Json | Failure]] | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._threads: list[threading.Thread] = []
+        self._pending: set[Future[Json | Failure]] = set()
         self._closed = False
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._closed = True
-            workers, self._all = self._all, set()
-        for worker in workers:
+        self._closed = True
+        for _ in self._threads:
+            self._waiting.put((-1, -1, None))
+        for worker in self._workers:
             worker.stop()
+        for future in list(self._pending):
+            future.cancel()
 
-    def _take(self) -> _Worker | None:
-        with contextlib.suppress(queue.Empty):
-            return self._idle.get_nowait()
-        with self._lock:
-            if self._closed:
-                return None
-            worker = _Worker(self._device, self._threads)
-            self._all.add(worker)
-            return worker
+    def submit(self, request: Json, priority: int = 1) -> Future[Json | Failure]:
+        """Hands a request to the next idle process; those of a lower priority number go first, else in their order.
 
-    def _prove(self, task: Task) -> Outcome:
-        worker = self._take()
-        if worker is None:
-            return Outcome("crashes", "the pool is closed")
-        outcome = worker.prove(task)
-        if outcome.status in ("crashes", "hangs") or outcome.reason.startswith(_POISONED):
-            with self._lock:
-                known = worker in self._all
-                self._all.discard(worker)
-            if known:
-                worker.stop()
-        else:
-            self._idle.put(worker)
-        return outcome
-
-    def prove_all(self, tasks: Iterable[Task], alive: Callable[[], bool] = lambda: True) -> Iterator[tuple[Task, Outcome]]:
-        """Proves tasks in any order; yields each with its outcome as it ends. ``alive`` false: no more are begun.
-
-        Raises:
-            WorkerError: a worker process does not start.
+        The future has the answer, or raises :class:`WorkerError` if the process does not start.
         """
-        waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
-        count = 0
-        for task in tasks:
-            waiting.put(task)
-            count += 1
-        done: queue.SimpleQueue[tuple[Task, Outcome] | WorkerError] = queue.SimpleQueue()
-
-        def serve() -> None:
-            with contextlib.suppress(queue.Empty):
-                while alive() and not self._closed:
-                    task = waiting.get_nowait()
-                    try:
-                        done.put((task, self._prove(task)))
-                    except WorkerError as error:
-                        done.put(error)
-                        return
-                    except Exception as error:
-                        done.put((task, Outcome("crashes", f"{type(error).__name__}: {error}"[:200])))
-
-        threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(self.size, count))]
-        for thread in threads:
+        future: Future[Json | Failure] = Future()
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        self._waiting.put((priority, next(self._numbers), (request, future)))
+        if len(self._threads) < self.size:
+            worker = self._workers[len(self._threads)]
+            thread = threading.Thread(target=self._serve, args=(worker,), daemon=True)
+            self._threads.append(thread)
             thread.start()
-        for _ in range(count):
-            while True:
-                try:
-                    found = done.get(timeout=0.5)
-                    if isinstance(found, WorkerError):
-                        raise found
-                    yield found
-                    break
-                except queue.Empty:
-                    if not any(thread.is_alive() for thread in threads) and done.empty():
-                        return
+        return future
+
+    def _serve(self, worker: Worker) -> None:
+        while not self._closed:
+            _, _, item = self._waiting.get()
+            if item is None:
+                return
+            request, future = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                answer = worker.ask(request)
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(answer)
 
 
-_POISONED = (
-    "AcceleratorError",
-    "the check raised AcceleratorError",
-    "RuntimeError: CUDA error",
-    "the check raised RuntimeError: CUDA error",
-)
-"""After such an error nothing that the process launches is right any more: it is replaced."""
+class Local:
+    """What a worker does, done in this process: nothing is isolated."""
+
+    alive = True
+
+    def __init__(self, device: str) -> None:
+        self._service = Service(device)
+
+    def ask(self, request: Json, seconds: float = REQUEST_SECONDS) -> Json | Failure:
+        answer = self._service(request)
+        return Failure(answer["failed"], answer["reason"]) if "failed" in answer else answer
+
+    def stop(self) -> None:
+        pass
+
+
+class Inline:
+    """A pool of one process, which does each request at once while the caller waits."""
+
+    size = 1
+
+    def __init__(self, asked: Worker | Local) -> None:
+        self._asked = asked
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._asked.stop()
+
+    def submit(self, request: Json, priority: int = 1) -> Future[Json | Failure]:
+        future: Future[Json | Failure] = Future()
+        future.set_result(self._asked.ask(request))
+        return future
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def compile_request(key: Key, config: LaunchConfig, is_default: bool) -> Json:
+    """Answered by the fields of :class:`coordroute.autotune.binaries.Compiled`."""
+    return {"do": "compile", "key": key._asdict(), "config": config.to_json(), "is_default": is_default}
+
+
+def prove_request(op: str, dtype: str, rows: int, n: int, forward: LaunchConfig, backward: LaunchConfig, seed: int) -> Json:
+    """Answered by the fields of :class:`coordroute.autotune.proof.Proved`."""
+    return {
+        "do": "prove",
+        "op": op,
+        "dtype": dtype,
+        "rows": rows,
+        "n": n,
+        "forward": forward.to_json(),
+        "backward": backward.to_json(),
+        "seed": seed,
+    }
+
+
+class Service:
+    """Answers requests, in a worker or here. What fails in an answer is an answer: ``{"failed": status, "reason": …}``."""
+
+    def __init__(self, device_name: str) -> None:
+        import torch
+
+        from .timer import Session
+
+        self.device = torch.device(device_name)
+        self._session = Session(self.device)
+        self._answers: dict[str, Callable[[Json], Json]] = {
+            "compile": self._compile,
+            "prove": self._prove,
+            "open": self._session.open,
+            "add": self._session.add,
+            "round": self._session.rounds,
+            "close": self._session.close,
+        }
+
+    def __call__(self, request: Json) -> Json:
+        import torch
+
+        from .proof import one_line
+
+        try:
+            return self._answers[request["do"]](request)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return {"failed": "out of memory", "reason": one_line(error)}
+        except Exception as error:
+            return {"failed": "crashes", "reason": one_line(error)}
+
+    def _compile(self, request: Json) -> Json:
+        from .binaries import compiled
+
+        key, config = Key(**request["key"]), LaunchConfig.from_json(request["config"])
+        return compiled(self.device, key, config, request["is_default"])._asdict()
+
+    def _prove(self, request: Json) -> Json:
+        from .proof import prove
+
+        forward, backward = (LaunchConfig.from_json(request[name]) for name in ("forward", "backward"))
+        op, dtype, rows, n = (request[name] for name in ("op", "dtype", "rows", "n"))
+        return prove(self.device, op, dtype, rows, n, forward, backward, request["seed"])._asdict()
 
 
 def main(device_name: str) -> None:
-    """Serves tasks from standard input until it ends. Whatever else is printed goes to standard error."""
+    """Serves requests from standard input until it ends. Whatever else is printed goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     import torch
-
-    from .proof import prove
 
     device = torch.device(device_name)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)
+    service = Service(device_name)
     answers.write('{"ready": true}\n')
     answers.flush()
     for line in sys.stdin:
-        task = Task.from_json(json.loads(line))
-        outcome = prove(device, task.key, task.config, task.partner, task.seed)
-        answers.write(json.dumps(asdict(outcome)) + "\n")
+        answers.write(json.dumps(service(json.loads(line))) + "\n")
         answers.flush()
 
 

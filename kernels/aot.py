@@ -107,19 +107,28 @@ class Launch(NamedTuple):
         return triton.compile(self.source(), target=target, options=self.options)
 
 
-@contextmanager
-def _noted() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Inside, launches are noted, not done: function, arguments, constants and options, as on a GPU of PROCESSORS processors."""
-    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+class Noted(NamedTuple):
+    """A launch that was noted, not done: ``function[grid](*arguments, **passed)``."""
 
-    def note(function: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        found.append((function, arguments, constants))
+    function: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    passed: dict[str, Any]
+
+
+@contextmanager
+def noted(processors: int = PROCESSORS) -> Iterator[list[Noted]]:
+    """Inside, launches are noted, not done, as on a GPU of so many multiprocessors. Tensors may be on torch's meta device."""
+    found: list[Noted] = []
+
+    def note(function: Any, grid: tuple[int, ...], *arguments: Any, **passed: Any) -> None:
+        found.append(Noted(function, grid, arguments, passed))
 
     with ExitStack() as stack:
         for module in (soft_topk, coordinate_descent):
             stack.enter_context(mock.patch.object(module, "launch", note))
             stack.enter_context(mock.patch.object(module, "cooperative", lambda device: True))
-        stack.enter_context(mock.patch.object(launch, "processors", lambda device: PROCESSORS))
+        stack.enter_context(mock.patch.object(launch, "processors", lambda device: processors))
         yield found
 
 
@@ -134,7 +143,7 @@ def launches(op: str, dtype: str, rows: int, n: int, full: bool, forward: Launch
     mask = torch.empty((rows, n), dtype=torch.bool, device="meta") if full else None
     found = []
     for direction, config in (("forward", forward), ("backward", backward)):
-        with _noted() as noted:
+        with noted() as made:
             if op == "soft_topk" and direction == "forward":
                 _, threshold = soft_topk.soft_topk_forward(scores, value, value, mask, config)
             elif op == "soft_topk":
@@ -147,7 +156,7 @@ def launches(op: str, dtype: str, rows: int, n: int, full: bool, forward: Launch
                 coordinate_descent.coordinate_descent_backward(
                     scores, scores, states, value, mask, TUNED_N_ITERS, 0.1, 4.0, 0.7, full, config
                 )
-        for function, arguments, passed in noted:
+        for function, _, arguments, passed in made:
             constants = {name: passed[name] for name in passed if name in function.arg_names}
             options = {name: passed[name] for name in passed if name not in function.arg_names}
             found.append(Launch(op + function.__name__, function, config, dtype, n, arguments, constants, options))

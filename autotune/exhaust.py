@@ -1,0 +1,171 @@
+"""The timings of every candidate of some keys: what a search is judged by, with no GPU, as often as one likes (``replay.py``)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from ..kernels import config as kernel_config
+from ..kernels.config import DIRECTIONS, OPS, Key
+from . import device as devices
+from . import space
+from .crew import Crew
+from .search import Progress, default_workers, label
+from .timer import Timer
+from .worker import PROGRAM, Failure, Inline, Json, Local, Pool, Worker, compile_request
+
+ROUNDS = 40
+"""Half of them say how long a candidate takes, the other half are for searches to draw from."""
+
+SAMPLE_US = 300.0
+
+SHAPES = ((65536, 256), (4096, 2048), (1024, 8192), (16, 4096), (4, 131072), (1, 1048576))
+CPU_SHAPES = ((256, 512), (64, 4096), (4, 65536))
+"""Rows and length: many short rows, a few long ones, and what lies between."""
+
+
+def keys(backend: str) -> list[Key]:
+    """Both operators, both directions, float32 and bfloat16 at :data:`SHAPES`; on a CPU float32 at :data:`CPU_SHAPES`."""
+    shapes, dtypes = (CPU_SHAPES, ("float32",)) if backend == "cpu" else (SHAPES, ("float32", "bfloat16"))
+    return [
+        Key(op, direction, dtype, kernel_config.bucket_rows(rows), kernel_config.bucket_n(n))
+        for dtype in dtypes
+        for rows, n in shapes
+        for op in OPS
+        for direction in DIRECTIONS
+    ]
+
+
+def run(
+    device: torch.device | str | None = None,
+    rounds: int = ROUNDS,
+    progress: Progress | None = None,
+    *,
+    chosen: Sequence[Key] | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+    crew: Crew | None = None,
+) -> dict[str, Any]:
+    """Compiles and times all candidates of some keys. Nothing is verified and nothing is tuned.
+
+    Args:
+        device: what to time; None is the GPU where there is one, else the CPU.
+        rounds: samples of each candidate.
+        progress: called with (total, done, text, seconds left or None).
+        chosen: the keys; None is :func:`keys`.
+        workers: processes that compile; None is what a search has. 0 does everything in this process.
+        seed: of the inputs.
+        crew: the processes to share the work with.
+
+    Returns:
+        What goes into exhaustive.json.
+
+    Raises:
+        ValueError: an argument is not one that is allowed.
+        WorkerError: a worker process does not start.
+    """
+    if rounds < 2:
+        raise ValueError(f"rounds is {rounds}; at least 2 are needed")
+    begin = time.monotonic()
+    device = devices.as_device(device)
+    backend = devices.backend(device)
+    todo = list(keys(backend) if chosen is None else chosen)
+    workers = default_workers(backend) if workers is None else workers
+    results: list[Json] = []
+
+    def say(text: str, done: int) -> None:
+        if progress is not None:
+            spent = time.monotonic() - begin
+            progress(len(todo), done, text, spent / done * (len(todo) - done) if done else None)
+
+    with contextlib.ExitStack() as stack:
+        pool: Pool | Inline
+        if workers == 0 or backend == "cpu":
+            asked = Local(str(device)) if workers == 0 else Worker(str(device), torch.get_num_threads())
+            pool = stack.enter_context(Inline(asked))
+            timer = Timer(asked, device.type, seed, SAMPLE_US)
+        else:
+            pool = stack.enter_context(Pool(str(device), workers, PROGRAM))
+            process = Worker(str(device))
+            stack.callback(process.stop)
+            timer = Timer(process, device.type, seed, SAMPLE_US)
+        if crew is None:
+            futures = [_compiled(pool, key, backend) for key in todo]
+            for done, key in enumerate(todo):
+                say(f"timing {label(key)}", done)
+                results.append(_timed(timer, key, backend, futures[done], rounds))
+        else:
+            crew.agree("keys", json.dumps([todo, rounds]))
+            done = 0
+            while (i := crew.claim(len(todo))) is not None:
+                say(f"timing {label(todo[i])}", done)
+                crew.finish(i, json.dumps(_timed(timer, todo[i], backend, _compiled(pool, todo[i], backend), rounds)))
+                done = i + 1
+            results = [json.loads(text) for text in crew.results(len(todo))]
+    say("done", len(todo))
+    return {
+        "schema": 1,
+        "command": "exhaust",
+        "device": devices.describe(device),
+        "versions": devices.versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - begin, 1),
+        "rounds": rounds,
+        "method": (
+            f"every candidate of a key in every round, in rotating order; a sample lasts at least {SAMPLE_US:.0f} us and is "
+            "measured as the tuner measures: a CUDA graph of batched calls over input sets that keep the L2 cold, on a CPU a loop"
+        ),
+        "keys": results,
+    }
+
+
+def _compiled(pool: Pool | Inline, key: Key, backend: str) -> list[tuple[Any, Future[Json | Failure] | None]]:
+    default = kernel_config.heuristic(key, backend)
+    found = space.candidates(key, backend, "full")
+    if backend == "cpu":
+        return [(config, None) for config in found]
+    return [(config, pool.submit(compile_request(key, config, config == default))) for config in found]
+
+
+def _timed(timer: Timer, key: Key, backend: str, compiles: list[tuple[Any, Future[Json | Failure] | None]], rounds: int) -> Json:
+    candidates: list[Json] = []
+    binaries: dict[str, int] = {}
+    for config, future in compiles:
+        one: Json = {"config": config.to_json(), "status": "timed", "reason": "", "samples": None}
+        one |= {"registers": None, "spills": None, "occupancy": None, "same_as": None}
+        answer = None if future is None else future.result()
+        if isinstance(answer, Failure):
+            one |= {"status": answer.status, "reason": answer.reason}
+        elif answer is not None:
+            one |= {name: answer[name] for name in ("registers", "spills", "occupancy")}
+            if answer["status"] != "ok":
+                one |= {"status": answer["status"], "reason": answer["reason"]}
+            elif answer["identity"]:
+                first = binaries.setdefault(answer["identity"], len(candidates))
+                one["same_as"] = None if first == len(candidates) else first
+        candidates.append(one)
+    places = [i for i, one in enumerate(candidates) if one["status"] == "timed" and one["same_as"] is None]
+    name = label(key)
+    timer.open(name, key)
+    samples, failures = timer.sample(name, [compiles[i][0] for i in places], rounds)
+    timer.close(name)
+    for i in places:
+        config = compiles[i][0]
+        if config in failures:
+            candidates[i] |= {"status": failures[config].status, "reason": failures[config].reason}
+        else:
+            candidates[i]["samples"] = [round(sample, 4) for sample in samples[config]]
+    for one in candidates:
+        same = one["same_as"]
+        if same is not None and candidates[same]["status"] != "timed":
+            one |= {"status": candidates[same]["status"], "reason": candidates[same]["reason"], "same_as": None}
+    found = [config for config, _ in compiles]
+    seeds = [found.index(config) for config in space.candidates(key, backend, "quick") if config in found]
+    return {"key": key._asdict(), "default": 0, "seeds": seeds, "candidates": candidates}
