@@ -21,8 +21,8 @@ from .search import Progress, default_workers, label
 from .timer import Timer
 from .worker import PROGRAM, Failure, Inline, Json, Local, Pool, Worker, compile_request
 
-ROUNDS = 40
-"""Half of them say how long a candidate takes, the other half are for searches to draw from."""
+ROUNDS = 140
+"""Half of them say how long a candidate takes, the other half are for searches to draw from, none of which asks for more."""
 
 SAMPLE_US = 300.0
 

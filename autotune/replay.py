@@ -300,8 +300,8 @@ def _followed(search: Search, recorded: Recorded, draw: Draw, path: list[tuple[i
     while True:
         answer = draw.take(asked.configs, asked.rounds)
         seen.take(asked, answer)
-        medians = seen.medians()
-        path.append((draw.launches, min(medians, key=medians.__getitem__)))
+        figures = seen.figures()
+        path.append((draw.launches, min(figures, key=figures.__getitem__)))
         try:
             asked = search.send(answer)
         except StopIteration as end:

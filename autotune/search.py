@@ -71,6 +71,9 @@ AT_A_TIME = 4
 ITEM = 12
 """Groups in an item, at most. They are proved together, while nothing is timed."""
 
+SURELY_FASTER = 0.98
+"""Where both directions are below this share of the default's time, the default is not proved unless it is taken after all."""
+
 ALTERNATIVES = 3
 """How many further candidates of a direction are tried where a proof fails, before the default is left."""
 
@@ -243,6 +246,7 @@ class Track:
     binaries: dict[str, LaunchConfig] = field(default_factory=dict)
     asked: int = 0
     ranked: list[LaunchConfig] = field(default_factory=list)
+    ratios: dict[LaunchConfig, float] = field(default_factory=dict)
     launches: int = 0
 
     @property
@@ -321,6 +325,7 @@ class _Search:
         self.total, self.done = 4 * len(groups), 0
         self.compiling: dict[str, Future[Compiled]] = {}
         self.chosen: dict[Key, LaunchConfig] = {}
+        self.phases: Counter[str] = Counter()
 
     # progress
 
@@ -402,13 +407,18 @@ class _Search:
         if todo and time.monotonic() > self.deadline:
             self.leave_out(todo)
             return
+        begin = time.monotonic()
         hunts = self.searched(todo)
+        self.spent("search", begin)
         for name, results in (self.finished(hunts) if hunts else {}).items():
             self.results[name] = results
             self.journal.put("group", name, results)
             self.remember(results)
         if self.crew is None:
             self.save(self.items[position])
+
+    def spent(self, phase: str, begin: float) -> None:
+        self.phases[phase] += time.monotonic() - begin  # type: ignore[assignment]
 
     def leave_out(self, groups: list[Group]) -> None:
         self.out_of_time += groups
@@ -427,10 +437,15 @@ class _Search:
         return Track(key, kernel_config.heuristic(key, self.backend), self.known[key] if both else None)
 
     def seeds(self, track: Track) -> list[LaunchConfig]:
-        """Where a search begins."""
+        """Where a search begins, beside the default and the hints."""
         if track.known is not None:
             # the segments are chosen on top
             return [space.with_segments(track.known, track.default.checkpoint_segments)]
+        if self.effort == "quick" and self.backend == "triton" and track.key.dtype != self.groups[0].dtype:
+            # what the first dtype uses at this shape is a hint, and near enough
+            same = Group(track.key.op, self.groups[0].dtype, track.key.rows, track.key.n)
+            if same.key(track.key.direction) in self.chosen or same in self.groups:
+                return []
         return space.candidates(track.key, self.backend, "quick")
 
     def space_of(self, track: Track) -> list[LaunchConfig]:
@@ -533,10 +548,9 @@ class _Search:
             self.show(track, "searching", (None, None))
             hints = self.hints(track)
             search = strategies.local_race(track.default, self.seeds(track), self.space_of(track), hints, self.plan.search)
-            try:
-                track.ranked = (yield from _tagged(direction, search)).ranked
-            except strategies.DefaultFailed:
-                track.ranked = []
+            with contextlib.suppress(strategies.DefaultFailed):
+                found = yield from _tagged(direction, search)
+                track.ranked, track.ratios = found.ranked, found.ratios
             self.show(track, "searched")
             self.say(f"searched {track.name}", 1)
         if all(track.ranked for track in tracks.values()):
@@ -650,6 +664,7 @@ class _Search:
 
     def finished(self, hunts: dict[str, Hunt]) -> dict[str, list[Json]]:
         """Proves what was found in some groups, all at a time, and then times it against the defaults."""
+        begin = time.monotonic()
         for hunt in hunts.values():
             for track in hunt.tracks.values():
                 self.show(track, "proving")
@@ -679,82 +694,88 @@ class _Search:
             for future in ready:
                 name, text = pending.pop(future)
                 answer = future.result()
-                found = Proved(*answer) if isinstance(answer, Failure) else Proved(**answer)
-                self.journal.put("proved", text, list(found))
-                go_on(name, found)
-        return {name: self.final(hunts[name], pair) for name, pair in pairs.items()}
+                proved = Proved(*answer) if isinstance(answer, Failure) else Proved(**answer)
+                self.journal.put("proved", text, list(proved))
+                go_on(name, proved)
+        self.spent("prove", begin)
+        begin = time.monotonic()
+        found = {name: self.final(hunts[name], pair) for name, pair in pairs.items()}
+        self.spent("last race", begin)
+        return found
 
     def proofs(self, hunt: Hunt) -> Generator[Json, Proved, _Pair]:
-        """What is to be proved in a group: the pair of defaults, and the best pair whose proof holds."""
-        group, forward, backward = hunt.group, hunt.tracks["forward"], hunt.tracks["backward"]
-
-        def request(one: LaunchConfig, two: LaunchConfig) -> Json:
-            return prove_request(group.op, group.dtype, group.rows, group.n, one, two, self.seed)
-
-        default = yield request(forward.default, backward.default)
-        pair = _Pair(forward.default, backward.default, default, default)
-        if default.status != "ok" or not (forward.ranked and backward.ranked):
-            for track in (forward, backward):
-                if default.status != "ok" and track.default in track.candidates:
-                    track.candidates[track.default].status = default.status
-                    track.candidates[track.default].reason = default.reason
-            return pair
+        """What is to be proved in a group: the best pair whose proof holds, and the pair of defaults where one may be taken."""
+        forward, backward = hunt.tracks["forward"], hunt.tracks["backward"]
+        pair = _Pair(forward.default, backward.default, None, None)
         ones, twos = (track.ranked[: 1 + ALTERNATIVES] for track in (forward, backward))
         while ones and twos and (ones[0], twos[0]) != (forward.default, backward.default):
             one, two = ones[0], twos[0]
-            found = yield request(one, two)
+            found = yield self.request(hunt.group, one, two)
             if found.status == "ok":
-                return pair._replace(one=one, two=two, found=found)
+                pair = pair._replace(one=one, two=two, found=found)
+                break
             # which of them is to blame: each beside the other's default, with as many segments
             segments = one.checkpoint_segments
-            with_default = yield request(one, space.with_segments(backward.default, segments))
-            other = yield request(space.with_segments(forward.default, segments), two)
+            with_default = yield self.request(hunt.group, one, space.with_segments(backward.default, segments))
+            other = yield self.request(hunt.group, space.with_segments(forward.default, segments), two)
             if with_default.status != "ok" or other.status == "ok":
                 ones = _without(forward, one, found if with_default.status == "ok" else with_default, ones)
             if other.status != "ok" or with_default.status == "ok":
                 twos = _without(backward, two, found if other.status == "ok" else other, twos)
-        return pair
+        if pair.found is not None and all(
+            track.ratios.get(space.with_segments(config, track.default.checkpoint_segments), 1.0) < SURELY_FASTER
+            for track, config in ((forward, pair.one), (backward, pair.two))
+        ):
+            return pair
+        default = yield self.request(hunt.group, forward.default, backward.default)
+        return pair._replace(default=default)
+
+    def request(self, group: Group, one: LaunchConfig, two: LaunchConfig) -> Json:
+        return prove_request(group.op, group.dtype, group.rows, group.n, one, two, self.seed)
 
     # 4. the last race
 
     def final(self, hunt: Hunt, pair: _Pair) -> list[Json]:
         """A race of what was proved and the default, on fresh samples."""
-        tracks = hunt.tracks
-        if pair.default.status != "ok":
-            self.say(f"left out {hunt.group.label()}", 1)
-            return [self.report(track, None) for track in tracks.values()]
+        tracks, group = hunt.tracks, hunt.group
+        configs = dict(zip(DIRECTIONS, (pair.one, pair.two), strict=True))
         timed: dict[str, dict[LaunchConfig, timing.Timed]] = {}
-        for (direction, track), config in zip(tracks.items(), (pair.one, pair.two), strict=True):
-            timed[direction] = self.last_race(track, config)
+        taken: dict[str, bool] = {}
+        for again in ("", " again"):
+            for direction, track in tracks.items():
+                timed[direction] = self.last_race(track, configs[direction], again)
+                taken[direction] = self.beats(timed[direction], configs[direction], track.default)
+            if pair.one.checkpoint_segments != tracks["forward"].default.checkpoint_segments:
+                # forward and backward have to agree on the segments: both are taken, or none is
+                taken = dict.fromkeys(taken, self.together(timed, tracks, pair))
+            if pair.default is not None or all(taken.values()):
+                break
+            # a default is to be shipped after all: it is proved first, and then timed again
+            text = json.dumps(self.request(group, *(track.default for track in tracks.values())), sort_keys=True)
+            default = self.journal.get("proved", text)
+            if default is None:
+                answer = self.pool.submit(json.loads(text), 0).result()
+                default = list(Proved(*answer) if isinstance(answer, Failure) else Proved(**answer))
+                self.journal.put("proved", text, default)
+            pair = pair._replace(default=Proved(*default))
         choices: list[_Choice | None] = []
-        taken = {
-            direction: config != track.default and self.beats(timed[direction], config, track.default)
-            for (direction, track), config in zip(tracks.items(), (pair.one, pair.two), strict=True)
-        }
-        if pair.one.checkpoint_segments != tracks["forward"].default.checkpoint_segments:
-            # forward and backward have to agree on the segments: both are taken, or none is
-            both = self.together(timed, tracks, pair)
-            taken = dict.fromkeys(taken, both)
-        for (direction, track), config, proofs in zip(
-            tracks.items(),
-            (pair.one, pair.two),
-            ((pair.found.forward, pair.default.forward), (pair.found.backward, pair.default.backward)),
-            strict=True,
-        ):
-            found = timed[direction]
-            if track.default not in found:
+        for direction, track in tracks.items():
+            found, config = timed[direction], configs[direction]
+            proved, chosen = (pair.found, config) if taken[direction] else (pair.default, track.default)
+            proof = getattr(proved, direction, None)
+            if proof is None or track.default not in found:
+                if proved is not None and proved.status != "ok" and chosen in track.candidates:
+                    track.candidates[chosen].status, track.candidates[chosen].reason = proved.status, proved.reason
                 choices.append(None)
-            elif taken[direction]:
-                choices.append(_Choice(config, proofs[0] or {}, found[config], found[track.default]))
             else:
-                choices.append(_Choice(track.default, proofs[1] or {}, found[track.default], found[track.default]))
-        self.say(f"tuned {hunt.group.label()}", 1)
+                choices.append(_Choice(chosen, proof, found[chosen], found[track.default]))
+        self.say(f"tuned {group.label()}", 1)
         return [self.report(track, choice) for track, choice in zip(tracks.values(), choices, strict=True)]
 
-    def last_race(self, track: Track, config: LaunchConfig) -> dict[LaunchConfig, timing.Timed]:
+    def last_race(self, track: Track, config: LaunchConfig, again: str) -> dict[LaunchConfig, timing.Timed]:
         configs = list(dict.fromkeys([track.default, config]))
         wanted = [one.to_json() for one in configs]
-        known = self.journal.get("final", track.name)
+        known = self.journal.get("final", track.name + again)
         if known is None or known["configs"] != wanted:
             self.timer.open(track.name, track.key)
             seconds = None if self.plan.ask_seconds is None else 2 * self.plan.ask_seconds
@@ -763,11 +784,12 @@ class _Search:
             self.timer.close(track.name)
             known = {"configs": wanted, "samples": [samples.get(one) for one in configs], "methods": methods}
             known["failures"] = [failures.get(one) for one in configs]
-            self.journal.put("final", track.name, known)
+            self.journal.put("final", track.name + again, known)
         found = {}
         for one, samples, method, failure in zip(configs, known["samples"], known["methods"], known["failures"], strict=True):
             if samples is None:
-                track.candidates[one].status, track.candidates[one].reason = failure
+                if one in track.candidates:
+                    track.candidates[one].status, track.candidates[one].reason = failure
             else:
                 track.launches += len(samples)
                 found[one] = timing.Timed(samples, method)
@@ -775,7 +797,7 @@ class _Search:
 
     @staticmethod
     def beats(timed: dict[LaunchConfig, timing.Timed], config: LaunchConfig, default: LaunchConfig) -> bool:
-        if config not in timed or default not in timed:
+        if config == default or config not in timed or default not in timed:
             return False
         return strategies.beats(timed[config].samples, timed[default].samples)
 
@@ -835,6 +857,7 @@ class _Search:
             "workers": self.workers,
             "gpus": self.crew.world_size if self.crew else int(self.device.type == "cuda"),
             "resumed": self.resumed,
+            "phases": {name: round(spent, 1) for name, spent in self.phases.items()},
             "launches": sum(key["launches"] for key in keys),
             "keys": keys,
             "dropped": dict(dropped),
@@ -843,12 +866,18 @@ class _Search:
 
 
 class _Pair(NamedTuple):
-    """What may be shipped of a group: configurations of both directions with their proof, and the proof of the defaults."""
+    """What may be shipped of a group.
+
+    Attributes:
+        one, two: the configurations of both directions.
+        found: what became of their proof; None where they are the defaults.
+        default: what became of the proof of the defaults; None where it was not needed yet.
+    """
 
     one: LaunchConfig
     two: LaunchConfig
-    found: Proved
-    default: Proved
+    found: Proved | None
+    default: Proved | None
 
 
 @dataclass

@@ -141,12 +141,18 @@ def _next_shapes(here: _Shape, shapes: list[_Shape]) -> list[_Shape]:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
+def low(samples: Sequence[float]) -> float:
+    """A lower quartile. Of few samples it is the least: what disturbs a sample makes it longer, by 10 % and more now and then."""
+    return sorted(samples)[(len(samples) - 1) // 4]
+
+
 @dataclass
 class Ratios:
-    """Times over the default's, round by round."""
+    """Times over the default's in the same rounds."""
 
     default: LaunchConfig
-    rounds: dict[LaunchConfig, list[float]] = field(default_factory=dict)
+    times: dict[LaunchConfig, list[float]] = field(default_factory=dict)
+    bases: dict[LaunchConfig, list[float]] = field(default_factory=dict)
     failed: set[LaunchConfig] = field(default_factory=set)
 
     def take(self, ask: Ask, answer: Answer) -> None:
@@ -157,13 +163,18 @@ class Ratios:
             samples = answer.get(config)
             if samples is None:
                 self.failed.add(config)
-                self.rounds.pop(config, None)
+                self.times.pop(config, None)
             else:
-                ratios = [sample / base for sample, base in zip(samples, pivot, strict=True)]
-                self.rounds.setdefault(config, []).extend(ratios)
+                self.times.setdefault(config, []).extend(samples)
+                self.bases.setdefault(config, []).extend(pivot)
 
-    def medians(self) -> dict[LaunchConfig, float]:
-        return {config: statistics.median(found) for config, found in self.rounds.items()}
+    def figures(self) -> dict[LaunchConfig, float]:
+        """Of every candidate the lower quartile of its times over that of the default's in the same rounds."""
+        return {config: low(times) / low(self.bases[config]) for config, times in self.times.items()}
+
+    def interval(self, config: LaunchConfig) -> tuple[float, float]:
+        """Of the median of the paired ratios, 95 %."""
+        return median_interval([time / base for time, base in zip(self.times[config], self.bases[config], strict=True)])
 
     def doubtful(self, configs: Sequence[LaunchConfig], hints: Sequence[LaunchConfig], tie: float) -> list[LaunchConfig]:
         """What has to be timed again to know which candidate is taken; nothing where that is clear.
@@ -171,15 +182,16 @@ class Ratios:
         That is the best, and every candidate that the rule prefers to the one that would be taken now, and of which it is not
         clear whether it is within ``tie`` of the best, and this one if it is not clear of it either.
         """
-        medians = {config: statistics.median(self.rounds[config]) for config in configs if config in self.rounds}
-        if not medians:
+        known = self.figures()
+        figures = {config: known[config] for config in configs if config in known}
+        if not figures:
             return []
-        best = min(medians, key=lambda one: (medians[one], _key(one)))
-        taken = preferred(medians, self.default, hints, tie)[0]
+        best = min(figures, key=lambda one: (figures[one], _key(one)))
+        taken = preferred(figures, self.default, hints, tie)[0]
         found = [best]
-        for config in medians:
-            low, high = median_interval(self.rounds[config])
-            if config != best and low <= tie * medians[best] <= high:
+        for config in figures:
+            least, most = self.interval(config)
+            if config != best and least <= tie * figures[best] <= most:
                 # would it be taken, if it were within the tie?
                 pair = {config: 1.0, taken: 1.0}
                 if config == taken or preferred(pair, self.default, hints, tie)[0] == config:
@@ -187,7 +199,7 @@ class Ratios:
         return found if len(found) > 1 else []
 
     def known(self, config: LaunchConfig) -> bool:
-        return config in self.rounds or config in self.failed
+        return config in self.times or config in self.failed
 
 
 class DefaultFailed(Exception):
@@ -195,22 +207,22 @@ class DefaultFailed(Exception):
 
 
 def preferred(
-    medians: dict[LaunchConfig, float], default: LaunchConfig, hints: Sequence[LaunchConfig], tie: float
+    figures: dict[LaunchConfig, float], default: LaunchConfig, hints: Sequence[LaunchConfig], tie: float
 ) -> list[LaunchConfig]:
     """The order in which candidates are taken: first those within ``tie`` of the best by a fixed rule, then the others by time.
 
     The rule: the default; what neighbouring keys use, in their order; the least memory (checkpoint segments, then programs, which
     exchange sums in memory); the fewest registers and threads that are reserved.
     """
-    best = min(medians.values())
+    best = min(figures.values())
 
     def rule(config: LaunchConfig) -> tuple[object, ...]:
-        if medians[config] > best * tie:
-            return (1, medians[config], _key(config))
+        if figures[config] > best * tie:
+            return (1, figures[config], _key(config))
         hint = hints.index(config) if config in hints else len(hints)
         return (0, config != default, hint, *_key(config))
 
-    return sorted(medians, key=rule)
+    return sorted(figures, key=rule)
 
 
 def _key(config: LaunchConfig) -> tuple[int, ...]:
@@ -261,8 +273,8 @@ def local_race(
         asked = Ask(tuple(dict.fromkeys([default, *configs])), rounds)
         ratios.take(asked, (yield asked))
 
-    def by_time(medians: dict[LaunchConfig, float]) -> list[LaunchConfig]:
-        return sorted(medians, key=lambda one: (medians[one], _key(one)))
+    def by_time(figures: dict[LaunchConfig, float]) -> list[LaunchConfig]:
+        return sorted(figures, key=lambda one: (figures[one], _key(one)))
 
     first = [*hints, *(seed for seed in seeds if seed in inside)]
     if plan.every_shape:
@@ -270,16 +282,16 @@ def local_race(
     yield from ask(first, plan.first_rounds)
     looked: set[LaunchConfig] = set()
     for _ in range(plan.refinements):
-        medians = ratios.medians()
+        figures = ratios.figures()
         # from the best few, for the best of few rounds may be so by luck
-        centres = [config for config in by_time(medians)[: plan.centres] if config not in looked]
+        centres = [config for config in by_time(figures)[: plan.centres] if config not in looked]
         looked.update(centres)
         around = dict.fromkeys(other for centre in centres for other in neighbours(centre, space) if not ratios.known(other))
         if around:
             yield from ask(around, plan.first_rounds)
-    medians = ratios.medians()
-    best = min(medians.values())
-    close = [config for config in by_time(medians) if medians[config] <= plan.near * best][: plan.contenders]
+    figures = ratios.figures()
+    best = min(figures.values())
+    close = [config for config in by_time(figures) if figures[config] <= plan.near * best][: plan.contenders]
     if close != [default]:
         yield from ask(close, plan.contender_rounds)
         for _ in range(plan.doubts):
@@ -287,8 +299,8 @@ def local_race(
             if not doubtful:
                 break
             yield from ask(doubtful, plan.doubt_rounds)
-    medians = ratios.medians()
-    return Found(preferred(medians, default, hints, plan.tie), medians)
+    figures = ratios.figures()
+    return Found(preferred(figures, default, hints, plan.tie), figures)
 
 
 def launches(asks: Iterable[Ask]) -> int:
@@ -302,8 +314,8 @@ def sampled(default: LaunchConfig, order: Sequence[LaunchConfig], rounds: int, b
     for begin in range(0, max(len(order), 1), batch):
         asked = Ask(tuple(dict.fromkeys([default, *order[begin : begin + batch]])), rounds)
         ratios.take(asked, (yield asked))
-    medians = ratios.medians()
-    return Found(sorted(medians, key=lambda one: (medians[one], _key(one))), medians)
+    figures = ratios.figures()
+    return Found(sorted(figures, key=lambda one: (figures[one], _key(one))), figures)
 
 
 def noise(samples: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ from coordroute.kernels.config import Key, LaunchConfig
 from coordroute.reference import others, verify
 
 CPU = torch.device("cpu")
-COMMANDS = ("autotune", "verify", "benchmark", "sanitize", "report", "configs", "env")
+COMMANDS = ("autotune", "verify", "benchmark", "sanitize", "replay", "report", "configs", "env")
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +176,13 @@ def test_version(capsys):
         (["configs", "--explain", "8x8", "--dtype", "int8"], ["--dtype is 'int8'", "bfloat16"]),
         (["configs", "--dtype", "float32"], ["--dtype is given without --explain"]),
         (["configs", "--op", "soft_topk"], ["--op is given without --explain"]),
+        (["replay"], ["required: FILE"]),
+        (["replay", "nowhere.json"], ["FILE is 'nowhere.json'", "cannot be read"]),
+        (["replay", "corrupt/verify.json"], ["FILE is 'corrupt/verify.json'", "is not JSON"]),
+        (["replay", "fine/verify.json"], ["of the command 'verify'", "'exhaust'"]),
+        (["replay", "file", "--json", "./file"], ["--json is './file'", "FILE itself"]),
+        (["replay", "file", "--seeds", "0"], ["--seeds is '0'", "at least 1"]),
+        (["replay", "file", "--strategies", "random,brute_force"], ["--strategies names 'brute_force'", "coordroute-quick"]),
         (["report", "--input", "nowhere"], ["--input is 'nowhere'", "does not exist"]),
         (["report", "--input", "file"], ["--input is 'file'", "not a folder"]),
         (["report", "--input", "folder"], ["--input is 'folder'", "verify.json"]),
