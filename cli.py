@@ -597,7 +597,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_device(one)
     text = "samples of each candidate; replay takes half of them for the truth (default: %(default)s)"
-    one.add_argument("--rounds", metavar="N", type=_whole(2), default=40, help=text)
+    one.add_argument("--rounds", metavar="N", type=_whole(2), default=140, help=text)
+    text = "shapes between those that are tuned: how well does the entry of another shape serve them?"
+    one.add_argument("--between", action="store_true", help=text)
     add_json(one)
 
     one = add(
@@ -812,7 +814,8 @@ def _autotune(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         _check_file("--output", arguments.output)
     _check_environment()
-    from .autotune import search, store, worker
+    from .autotune import hosttime, search, store, worker
+    from .kernels.config import Key
 
     device = _device(arguments.device)
     path = store.output_path(device) if arguments.output is None else Path(arguments.output).expanduser()
@@ -832,6 +835,9 @@ def _autotune(arguments: argparse.Namespace) -> int:
                     search.run(device, arguments.effort, path, arguments.fresh, crew=crew)
                     return OK
             evidence = search.run(device, arguments.effort, path, arguments.fresh, table, watch=table.watch, crew=crew)
+            evidence["lookup"] = (
+                hosttime.lookup(device, [Key(**key["key"]) for key in evidence["keys"]]) if evidence["keys"] else None
+            )
     except KeyboardInterrupt:
         _tell("coordroute autotune", _kept(arguments, path))
         return INTERRUPTED
@@ -882,9 +888,9 @@ def _exhaust(arguments: argparse.Namespace) -> int:
             if crew is not None:
                 device = _own_device(arguments, device, crew)
                 if crew.rank > 0:
-                    exhaust.run(device, arguments.rounds, crew=crew)
+                    exhaust.run(device, arguments.rounds, between=arguments.between, crew=crew)
                     return OK
-            data = exhaust.run(device, arguments.rounds, progress, crew=crew)
+            data = exhaust.run(device, arguments.rounds, progress, between=arguments.between, crew=crew)
     except worker.WorkerError as error:
         raise Problem(_one_line(error), CHECK_FAILED) from error
     _finish(arguments, data, lambda: _show_exhaust(data))
@@ -898,9 +904,12 @@ def _show_exhaust(data: Mapping[str, Any]) -> Iterator[str]:
         times = {id(one): statistics.median(one["samples"]) for one in found}
         default = key["candidates"][key["default"]]
         best = min(found, key=lambda one: times[id(one)], default=None)
-        gain = "-"
-        if best is not None and id(default) in times:
-            gain = f"{times[id(default)] / times[id(best)]:.3f}x"
+        serves = key["candidates"][key["serves"]]
+        serves = serves if serves["same_as"] is None else key["candidates"][serves["same_as"]]
+
+        def over_best(one: Mapping[str, Any], best: Any = best, times: Mapping[int, float] = times) -> str:
+            return f"{times[id(one)] / times[id(best)]:.3f}x" if best is not None and id(one) in times else "-"
+
         dropped = Counter(one["status"] for one in key["candidates"] if one["status"] != "timed")
         rows.append(
             (
@@ -909,13 +918,20 @@ def _show_exhaust(data: Mapping[str, Any]) -> Iterator[str]:
                 ", ".join(f"{count} {status}" for status, count in sorted(dropped.items())) or "-",
                 _us(times.get(id(default))),
                 _us(times[id(best)] if best is not None else None),
-                gain,
+                over_best(default),
+                over_best(serves),
                 _config_text(best["config"]) if best is not None else "-",
             )
         )
     columns = [("key", "left"), ("candidates", "right"), ("dropped", "left"), ("default µs", "right"), ("best µs", "right")]
-    columns += [("default ÷ best", "right"), ("best", "fold")]
+    columns += [("default ÷ best", "right"), ("serving ÷ best", "right"), ("best", "fold")]
     yield _table(f"all candidates, {data['device']['name']}, {data['rounds']} rounds", columns, rows)
+    served = sorted(float(row[6][:-1]) for row in rows if row[6] != "-")
+    if served:
+        yield (
+            f"What serves such calls takes {statistics.median(served):.3f}x the time of the best at the median,"
+            f" {served[math.ceil(0.95 * len(served)) - 1]:.3f}x at p95, {served[-1]:.3f}x at worst."
+        )
 
 
 def _kept(arguments: argparse.Namespace, path: Path) -> str:

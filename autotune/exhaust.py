@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..kernels import config as kernel_config
-from ..kernels.config import DIRECTIONS, OPS, Key
+from ..kernels.config import DIRECTIONS, OPS, Key, LaunchConfig
 from . import device as devices
 from . import space
 from .crew import Crew
@@ -30,17 +30,26 @@ SHAPES = ((65536, 256), (4096, 2048), (1024, 8192), (16, 4096), (4, 131072), (1,
 CPU_SHAPES = ((256, 512), (64, 4096), (4, 65536))
 """Rows and length: many short rows, a few long ones, and what lies between."""
 
+BETWEEN = ((30000, 200), (3000, 1500), (700, 6000), (300, 12000), (100, 20000), (40, 3000), (10, 700), (2, 200000), (1, 700000))
+CPU_BETWEEN = ((100, 700), (30, 3000), (2, 50000))
+"""Rows and length that no key has: an entry of another shape serves them."""
 
-def keys(backend: str) -> list[Key]:
-    """Both operators, both directions, float32 and bfloat16 at :data:`SHAPES`; on a CPU float32 at :data:`CPU_SHAPES`."""
-    shapes, dtypes = (CPU_SHAPES, ("float32",)) if backend == "cpu" else (SHAPES, ("float32", "bfloat16"))
-    return [
-        Key(op, direction, dtype, kernel_config.bucket_rows(rows), kernel_config.bucket_n(n))
-        for dtype in dtypes
-        for rows, n in shapes
-        for op in OPS
-        for direction in DIRECTIONS
-    ]
+
+def keys(backend: str, between: bool = False) -> list[Key]:
+    """Both operators and both directions, with the sizes as they are, at :data:`SHAPES` in float32 and bfloat16.
+
+    Those between the keys are of float32 only, as are all on a CPU.
+    """
+    shapes: tuple[tuple[int, int], ...] = BETWEEN if between else SHAPES
+    dtypes: tuple[str, ...] = ("float32",) if between else ("float32", "bfloat16")
+    if backend == "cpu":
+        shapes, dtypes = CPU_BETWEEN if between else CPU_SHAPES, ("float32",)
+    return [Key(op, direction, dtype, rows, n) for dtype in dtypes for rows, n in shapes for op in OPS for direction in DIRECTIONS]
+
+
+def bucket(key: Key) -> Key:
+    """The key that a call of these sizes has."""
+    return key._replace(rows=kernel_config.bucket_rows(key.rows), n=kernel_config.bucket_n(key.n))
 
 
 def run(
@@ -48,6 +57,7 @@ def run(
     rounds: int = ROUNDS,
     progress: Progress | None = None,
     *,
+    between: bool = False,
     chosen: Sequence[Key] | None = None,
     workers: int | None = None,
     seed: int = 0,
@@ -59,7 +69,8 @@ def run(
         device: what to time; None is the GPU where there is one, else the CPU.
         rounds: samples of each candidate.
         progress: called with (total, done, text, seconds left or None).
-        chosen: the keys; None is :func:`keys`.
+        between: time shapes between the keys, to see how well the entries of the keys serve them.
+        chosen: the keys, with the sizes as they are; None is :func:`keys`.
         workers: processes that compile; None is what a search has. 0 does everything in this process.
         seed: of the inputs.
         crew: the processes to share the work with.
@@ -76,7 +87,7 @@ def run(
     begin = time.monotonic()
     device = devices.as_device(device)
     backend = devices.backend(device)
-    todo = list(keys(backend) if chosen is None else chosen)
+    todo = list(keys(backend, between) if chosen is None else chosen)
     workers = default_workers(backend) if workers is None else workers
     results: list[Json] = []
 
@@ -97,16 +108,16 @@ def run(
             stack.callback(process.stop)
             timer = Timer(process, device.type, seed, SAMPLE_US)
         if crew is None:
-            futures = [_compiled(pool, key, backend) for key in todo]
+            futures = [_compiled(pool, key, device) for key in todo]
             for done, key in enumerate(todo):
                 say(f"timing {label(key)}", done)
-                results.append(_timed(timer, key, backend, futures[done], rounds))
+                results.append(_timed(timer, key, device, futures[done], rounds))
         else:
             crew.agree("keys", json.dumps([todo, rounds]))
             done = 0
             while (i := crew.claim(len(todo))) is not None:
                 say(f"timing {label(todo[i])}", done)
-                crew.finish(i, json.dumps(_timed(timer, todo[i], backend, _compiled(pool, todo[i], backend), rounds)))
+                crew.finish(i, json.dumps(_timed(timer, todo[i], device, _compiled(pool, todo[i], device), rounds)))
                 done = i + 1
             results = [json.loads(text) for text in crew.results(len(todo))]
     say("done", len(todo))
@@ -126,15 +137,26 @@ def run(
     }
 
 
-def _compiled(pool: Pool | Inline, key: Key, backend: str) -> list[tuple[Any, Future[Json | Failure] | None]]:
-    default = kernel_config.heuristic(key, backend)
-    found = space.candidates(key, backend, "full")
+def _compiled(pool: Pool | Inline, key: Key, device: torch.device) -> list[tuple[Any, Future[Json | Failure] | None]]:
+    backend = devices.backend(device)
+    default = kernel_config.heuristic(bucket(key), backend)
+    found = space.candidates(bucket(key), backend, "full")
+    found = list(dict.fromkeys([*found, serving(key, device)]))
     if backend == "cpu":
         return [(config, None) for config in found]
     return [(config, pool.submit(compile_request(key, config, config == default))) for config in found]
 
 
-def _timed(timer: Timer, key: Key, backend: str, compiles: list[tuple[Any, Future[Json | Failure] | None]], rounds: int) -> Json:
+def serving(key: Key, device: torch.device) -> LaunchConfig:
+    """The configuration that a call of these sizes gets on this machine, with the number of checkpoint segments of the others."""
+    config = kernel_config.resolve(key.op, key.direction, getattr(torch, key.dtype), key.rows, key.n, device)
+    default = kernel_config.heuristic(bucket(key), devices.backend(device))
+    return space.with_segments(config, default.checkpoint_segments)
+
+
+def _timed(
+    timer: Timer, key: Key, device: torch.device, compiles: list[tuple[Any, Future[Json | Failure] | None]], rounds: int
+) -> Json:
     candidates: list[Json] = []
     binaries: dict[str, int] = {}
     for config, future in compiles:
@@ -167,5 +189,11 @@ def _timed(timer: Timer, key: Key, backend: str, compiles: list[tuple[Any, Futur
         if same is not None and candidates[same]["status"] != "timed":
             one |= {"status": candidates[same]["status"], "reason": candidates[same]["reason"], "same_as": None}
     found = [config for config, _ in compiles]
-    seeds = [found.index(config) for config in space.candidates(key, backend, "quick") if config in found]
-    return {"key": key._asdict(), "default": 0, "seeds": seeds, "candidates": candidates}
+    quick = space.candidates(bucket(key), devices.backend(device), "quick")
+    return {
+        "key": key._asdict(),
+        "default": 0,
+        "serves": found.index(serving(key, device)),
+        "seeds": [found.index(config) for config in quick if config in found],
+        "candidates": candidates,
+    }

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from ..kernels.config import Key
+from . import store
 from .proof import PUBLISHED
 from .timing import Timed, paired_ratio
 
@@ -25,6 +31,8 @@ CALLS = 50
 """Calls a sample: few enough that their launches fit the device's queue (about 1000), so that the host never waits for it."""
 
 SAMPLES = 101
+
+LOOKUPS = 20_000
 
 
 def measure(device: torch.device | str) -> dict[str, Any] | None:
@@ -43,6 +51,55 @@ def measure(device: torch.device | str) -> dict[str, Any] | None:
         return None
     with torch.cuda.device(device):
         return _compare(_functions(), device, torch.cuda.synchronize)
+
+
+def lookup(device: torch.device | str, keys: Sequence[Key]) -> dict[str, Any]:
+    """What choosing a configuration costs a call, in ns, and what ``import coordroute`` adds to importing torch, in ms.
+
+    A lookup is that of a key which was looked up before; medians over all keys in turn, the reading of the clock taken off.
+
+    Args:
+        device: whose configurations serve.
+        keys: what is looked up; at least one.
+
+    Returns:
+        ``lookup_ns``, ``import_ms`` and ``samples``. ``import_ms`` is None where another Python could not be started.
+    """
+    device = torch.device(device)
+    for key in keys:
+        store.lookup(device, key)
+    spent, clock = [], []
+    for i in range(LOOKUPS):
+        key = keys[i % len(keys)]
+        begin = time.perf_counter_ns()
+        store.lookup(device, key)
+        between = time.perf_counter_ns()
+        spent.append(between - begin)
+        clock.append(time.perf_counter_ns() - between)
+    return {
+        "lookup_ns": max(0, round(statistics.median(spent) - statistics.median(clock))),
+        "import_ms": _import_ms(),
+        "samples": LOOKUPS,
+    }
+
+
+_IMPORT = "import time, torch; begin = time.perf_counter(); import coordroute; print(1e3 * (time.perf_counter() - begin))"
+
+
+def _import_ms() -> float | None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        found = [
+            float(
+                subprocess.run(
+                    [sys.executable, "-c", _IMPORT], env=environment, capture_output=True, check=True, timeout=120
+                ).stdout
+            )
+            for _ in range(3)
+        ]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return round(statistics.median(found), 2)
 
 
 def _functions() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

@@ -97,7 +97,9 @@ class Session:
         grads, segments = opened.grads, config.checkpoint_segments
         if segments not in opened.saved:
             backend = "triton" if self.device.type == "cuda" else "cpu"
-            forward = kernel_config.heuristic(opened.key._replace(direction="forward"), backend)
+            key = opened.key
+            bucket = Key(key.op, "forward", key.dtype, kernel_config.bucket_rows(key.rows), kernel_config.bucket_n(key.n))
+            forward = kernel_config.heuristic(bucket, backend)
             forward = space.with_segments(forward, segments)
             opened.saved[segments] = [run_forward(op, kernels, one, forward)[1] for one in scores]
         saved = opened.saved[segments]
