@@ -377,13 +377,17 @@ AUTOTUNE = """\
 Finds the fastest launch configurations for this device and writes them to its
 configuration file, where model code finds them by itself.
 
-Every candidate is compiled and verified against a float64 oracle before it is
-timed. The fastest is taken only where it surely beats the default. The entry that
-is written carries its timing and its proof.
+What is found is verified against a float64 oracle, and then timed again beside the
+default. It is taken only where it surely beats it. The entry that is written carries
+its timing and its proof.
 
-Ctrl-C loses nothing: finished keys are in the file, verified candidates in a hidden
-file beside it, and the same command goes on from there (exit status 130). The exit
-status is 1 where a default failed its check or nothing could be tuned."""
+Ctrl-C loses nothing: finished keys are in the file, measurements in a hidden file
+beside it, and the same command goes on from there (exit status 130). The exit status
+is 1 where a default failed its check or nothing could be tuned.
+
+Under torchrun each process takes a GPU, and the first writes the file:
+  torchrun --nproc-per-node=N -m coordroute autotune
+"""
 
 VERIFY = """\
 Checks an implementation against float64: values, gradients, certificates of
