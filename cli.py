@@ -385,7 +385,7 @@ Ctrl-C loses nothing: finished keys are in the file, measurements in a hidden fi
 beside it, and the same command goes on from there (exit status 130). The exit status
 is 1 where a default failed its check or nothing could be tuned.
 
-Under torchrun each process takes a GPU, and the first writes the file:
+Under torchrun each process takes a GPU, and each writes the whole file at the end:
   torchrun --nproc-per-node=N -m coordroute autotune
 """
 

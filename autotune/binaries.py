@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ class Compiled(NamedTuple):
         shared: bytes of shared memory a program, the most of any kernel.
         occupancy: warps that a multiprocessor holds at a time by registers and shared memory, as a share of its most.
         identity: the same for two candidates whose launches are the same to the bit; "" where that is not known.
+        seconds: what compiling took.
     """
 
     status: str
@@ -35,6 +37,7 @@ class Compiled(NamedTuple):
     shared: int | None = None
     occupancy: float | None = None
     identity: str = ""
+    seconds: float = 0.0
 
 
 def compiled(device: torch.device, key: Key, config: LaunchConfig, is_default: bool) -> Compiled:
@@ -52,10 +55,11 @@ def compiled(device: torch.device, key: Key, config: LaunchConfig, is_default: b
     """
     if device.type != "cuda":
         return Compiled(OK)
+    begin = time.perf_counter()
     try:
         kernels = _kernels(device, key, config)
     except Exception as error:
-        return Compiled(FAILING, one_line(error))
+        return Compiled(FAILING, one_line(error), seconds=round(time.perf_counter() - begin, 3))
     registers = max(kernel.n_regs for _, kernel in kernels)
     spills = max(kernel.n_spills for _, kernel in kernels)
     shared = max(kernel.metadata.shared for _, kernel in kernels)
@@ -68,6 +72,7 @@ def compiled(device: torch.device, key: Key, config: LaunchConfig, is_default: b
         shared,
         round(min(_occupancy(device, kernel) for _, kernel in kernels), 4),
         hashlib.sha256(parts.encode()).hexdigest(),
+        round(time.perf_counter() - begin, 3),
     )
     if spills and not is_default and not config.max_registers:
         return found._replace(status=SPILLING, reason=f"{spills} spilled at {registers} registers")

@@ -21,18 +21,19 @@ class Journal:
     Args:
         path: the file of this process; its siblings are those with another number in the place of ``rank``.
         fingerprint: what the answers depend on.
-        fresh: remove all of them and begin anew.
+        fresh: remove them and begin anew. Those of the other processes are left to these, who may have begun already.
+        ranks: how many processes the run has.
     """
 
-    def __init__(self, path: Path, fingerprint: str, fresh: bool = False) -> None:
+    def __init__(self, path: Path, fingerprint: str, fresh: bool = False, ranks: int = 1) -> None:
         self.path, self.fingerprint = path, fingerprint
         self._known: dict[tuple[str, str], Any] = {}
         self._file: IO[str] | None = None
         for one in siblings(path):
-            if fresh:
-                one.unlink(missing_ok=True)
-            else:
+            if not fresh:
                 self._read(one)
+            elif one == path or _rank(one) >= ranks:
+                one.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
         try:
@@ -83,10 +84,10 @@ class Journal:
                 self._file.close()
             self._file = None
 
-    def remove(self, everybody: bool = True) -> None:
-        """Of a run that is done: the files of all its processes, or this one's."""
+    def remove(self) -> None:
+        """Of a run that is done: the files of all its processes."""
         self.close()
-        for one in siblings(self.path) if everybody else [self.path]:
+        for one in siblings(self.path):
             one.unlink(missing_ok=True)
 
 
@@ -98,7 +99,12 @@ def journal_path(output: Path, rank: int = 0) -> Path:
 def siblings(path: Path) -> list[Path]:
     """The journals of all processes of a run, this one's among them."""
     stem = path.name.rsplit(".", 2)[0]
-    return sorted(path.parent.glob(f"{_literal(stem)}.*.jsonl"))
+    return sorted(one for one in path.parent.glob(f"{_literal(stem)}.*.jsonl") if _rank(one) >= 0)
+
+
+def _rank(path: Path) -> int:
+    number = path.name.rsplit(".", 2)[1]
+    return int(number) if number.isdecimal() else -1
 
 
 def _literal(text: str) -> str:

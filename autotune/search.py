@@ -68,7 +68,7 @@ SEGMENT_TIE = 1.005
 AT_A_TIME = 4
 """Groups that are searched at a time: while one waits for the compiler, another is timed."""
 
-ITEM = 12
+ITEM = 24
 """Groups in an item, at most. They are proved together, while nothing is timed."""
 
 SURELY_FASTER = 0.98
@@ -157,7 +157,7 @@ def run(
             times too. 0 does everything in this process.
         seed: of all inputs.
         watch: called whenever a key gets on.
-        crew: the processes to share the work with; the file is written by the first of them, at the end.
+        crew: the processes to share the work with; each writes the whole file at the end, whoever of the others has died.
         program: the command line of a worker; None is the package's own.
 
     Returns:
@@ -209,6 +209,7 @@ class Candidate:
         reason: for a person; "" where it is timed.
         median_us: of all its samples; None where there are none.
         registers, spills, occupancy: as the compiler reports; None on a CPU.
+        compile_seconds: what compiling took in its process; next to nothing where the compiler's cache had it.
         same_as: the candidate of the same binary whose samples these are, or None.
     """
 
@@ -219,6 +220,7 @@ class Candidate:
     registers: int | None = None
     spills: int | None = None
     occupancy: float | None = None
+    compile_seconds: float = 0.0
     same_as: LaunchConfig | None = None
 
     def to_json(self) -> Json:
@@ -230,6 +232,7 @@ class Candidate:
             "registers": self.registers,
             "spills": self.spills,
             "occupancy": self.occupancy,
+            "compile_seconds": self.compile_seconds,
             "same_as": None if self.same_as is None else self.same_as.to_json(),
         }
 
@@ -252,6 +255,18 @@ class Track:
     @property
     def name(self) -> str:
         return label(self.key)
+
+    def drop(self, config: LaunchConfig, status: str, reason: str) -> None:
+        """Notes why a candidate was dropped."""
+        candidate = self.candidates.setdefault(config, Candidate(config, status))
+        candidate.status, candidate.reason = status, reason
+
+    def untimed(self, config: LaunchConfig, status: str, reason: str) -> None:
+        """Notes why a candidate cannot be timed, and with it those of the same binary."""
+        self.drop(config, status, reason)
+        for candidate in self.candidates.values():
+            if candidate.same_as == config:
+                candidate.status, candidate.reason = status, reason
 
     def best(self) -> tuple[float | None, float | None]:
         medians = {config: statistics.median(found) for config, found in self.samples.items() if found}
@@ -306,8 +321,9 @@ class _Search:
         self.description, self.versions = devices.describe(device), devices.versions()
         self.groups = groups
         self.workers = default_workers(self.backend) if workers is None else workers
-        stack_path = journal_path(path, crew.rank if crew else 0)
-        self.journal = Journal(stack_path, fingerprint(self.description, self.versions, self.backend, effort), fresh)
+        rank, ranks = (crew.rank, crew.world_size) if crew else (0, 1)
+        print_of_run = fingerprint(self.description, self.versions, self.backend, effort)
+        self.journal = Journal(journal_path(path, rank), print_of_run, fresh, ranks)
         self.known = {} if fresh else store.outdated(path, self.backend)
         self.progress: Progress | None = None
         self.watch: Watch | None = None
@@ -320,11 +336,12 @@ class _Search:
         self.out_of_time: list[Group] = []
         self.resumed = 0
         world = crew.world_size if crew else 1
-        size = 1 if self.backend == "cpu" else max(1, min(ITEM, math.ceil(len(groups) / (3 * world))))
+        size = 1 if self.backend == "cpu" else max(1, min(ITEM, math.ceil(len(groups) / (3 * world if world > 1 else 1))))
         self.items = [groups[begin : begin + size] for begin in range(0, len(groups), size)]
         self.total, self.done = 4 * len(groups), 0
         self.compiling: dict[str, Future[Compiled]] = {}
         self.chosen: dict[Key, LaunchConfig] = {}
+        self.found: dict[Key, LaunchConfig] = {}
         self.phases: Counter[str] = Counter()
 
     # progress
@@ -358,7 +375,7 @@ class _Search:
         except BaseException:
             self.journal.close()
             raise
-        self.journal.remove(everybody=self.crew is None or self.crew.rank == 0)
+        self.journal.remove()
 
     def _processes(self, stack: contextlib.ExitStack) -> tuple[Pool | Inline, Timer]:
         name, kind = str(self.device), self.device.type
@@ -384,8 +401,8 @@ class _Search:
         self.say("waiting for the other processes")
         for text in crew.results(len(self.items)):
             self.results |= json.loads(text)
-        if crew.rank == 0:
-            self.save(self.groups)
+        # each writes the same, for the others may have died
+        self.save(self.groups)
 
     def save(self, groups: Iterable[Group]) -> None:
         results = [result for group in groups for result in self.results.get(group.label(), [])]
@@ -427,7 +444,8 @@ class _Search:
     def remember(self, results: list[Json]) -> None:
         for result in results:
             if result["config"] is not None:
-                self.chosen[Key(**result["key"])] = LaunchConfig.from_json(result["config"])
+                key = Key(**result["key"])
+                self.chosen[key] = self.found[key] = LaunchConfig.from_json(result["config"])
 
     # the space
 
@@ -441,12 +459,21 @@ class _Search:
         if track.known is not None:
             # the segments are chosen on top
             return [space.with_segments(track.known, track.default.checkpoint_segments)]
-        if self.effort == "quick" and self.backend == "triton" and track.key.dtype != self.groups[0].dtype:
-            # what the first dtype uses at this shape is a hint, and near enough
-            same = Group(track.key.op, self.groups[0].dtype, track.key.rows, track.key.n)
-            if same.key(track.key.direction) in self.chosen or same in self.groups:
-                return []
+        if self.hinted(track):
+            return []
         return space.candidates(track.key, self.backend, "quick")
+
+    def hinted(self, track: Track) -> bool:
+        """Whether a quick search of this shape is left at what was found for the first dtype."""
+        first = self.first(track.key)
+        if self.effort != "quick" or self.backend != "triton" or first == track.key:
+            return False
+        # what another process found is not known here
+        return first in self.found or (self.crew is None and any(first == one.key(first.direction) for one in self.groups))
+
+    def first(self, key: Key) -> Key:
+        """The key of the same shape in the dtype that is tuned first."""
+        return key._replace(dtype=self.groups[0].dtype)
 
     def space_of(self, track: Track) -> list[LaunchConfig]:
         if track.known is not None:
@@ -457,6 +484,9 @@ class _Search:
         """What the nearest keys of the same operator and direction use, fitted to this key's length."""
         if track.known is not None:
             return []
+        if self.hinted(track):
+            found = self.found.get(self.first(track.key))
+            return [] if found is None else [space.with_segments(found, track.default.checkpoint_segments)]
         near = [key for key in self.chosen if (key.op, key.direction) == (track.key.op, track.key.direction)]
         near.sort(key=lambda key: (distance(key, track.key), key))
         fitted = [space.fitted(self.chosen[key], key, track.key) for key in near[:2] if distance(key, track.key) <= 4]
@@ -505,6 +535,9 @@ class _Search:
         waiting, active, done = list(groups), list[Hunt](), dict[str, Hunt]()
         while waiting or active:
             while waiting and len(active) < (AT_A_TIME if self.backend == "triton" else 1):
+                first = waiting[0]._replace(dtype=self.groups[0].dtype)
+                if any(one.group == first for one in active):
+                    break  # what it finds is needed
                 hunt = self.hunt(waiting.pop(0), len(waiting) + 1)
                 if self.advance(hunt, None):
                     active.append(hunt)
@@ -526,6 +559,7 @@ class _Search:
             if not going:
                 active.remove(hunt)
                 done[hunt.group.label()] = hunt
+                self.found |= {track.key: track.ranked[0] for track in hunt.tracks.values() if track.ranked}
         return done
 
     def hunt(self, group: Group, left: int) -> Hunt:
@@ -547,7 +581,8 @@ class _Search:
         for direction, track in tracks.items():
             self.show(track, "searching", (None, None))
             hints = self.hints(track)
-            search = strategies.local_race(track.default, self.seeds(track), self.space_of(track), hints, self.plan.search)
+            plan = strategies.HINTED if self.hinted(track) else self.plan.search
+            search = strategies.local_race(track.default, self.seeds(track), self.space_of(track), hints, plan)
             with contextlib.suppress(strategies.DefaultFailed):
                 found = yield from _tagged(direction, search)
                 track.ranked, track.ratios = found.ranked, found.ratios
@@ -616,7 +651,7 @@ class _Search:
         for config, samples, failure in zip(timed, known["samples"], known["failures"], strict=True):
             candidate = track.candidates[config]
             if samples is None:
-                candidate.status, candidate.reason = failure
+                track.untimed(config, *failure)
                 continue
             answer[config] = samples
             track.launches += len(samples)
@@ -641,7 +676,8 @@ class _Search:
                 self.journal.put("compiled", name, list(result))
             candidate = track.candidates.get(config)
             if candidate is None:
-                candidate = Candidate(config, "timed", "", None, result.registers, result.spills, result.occupancy)
+                report = result.registers, result.spills, result.occupancy, result.seconds
+                candidate = Candidate(config, "timed", "", None, *report)
                 track.candidates[config] = candidate
                 if result.status != "ok":
                     candidate.status, candidate.reason = result.status, result.reason
@@ -650,6 +686,7 @@ class _Search:
                 elif result.identity:
                     same = track.binaries.setdefault(result.identity, config)
                     candidate.same_as = None if same == config else same
+                    candidate.status, candidate.reason = track.candidates[same].status, track.candidates[same].reason
             if candidate.status != "timed":
                 continue
             if candidate.same_as is not None:
@@ -707,7 +744,7 @@ class _Search:
         """What is to be proved in a group: the best pair whose proof holds, and the pair of defaults where one may be taken."""
         forward, backward = hunt.tracks["forward"], hunt.tracks["backward"]
         pair = _Pair(forward.default, backward.default, None, None)
-        ones, twos = (track.ranked[: 1 + ALTERNATIVES] for track in (forward, backward))
+        ones, twos = (_few(track) for track in (forward, backward))
         while ones and twos and (ones[0], twos[0]) != (forward.default, backward.default):
             one, two = ones[0], twos[0]
             found = yield self.request(hunt.group, one, two)
@@ -719,9 +756,9 @@ class _Search:
             with_default = yield self.request(hunt.group, one, space.with_segments(backward.default, segments))
             other = yield self.request(hunt.group, space.with_segments(forward.default, segments), two)
             if with_default.status != "ok" or other.status == "ok":
-                ones = _without(forward, one, found if with_default.status == "ok" else with_default, ones)
+                ones = _without(forward, ones, found if with_default.status == "ok" else with_default)
             if other.status != "ok" or with_default.status == "ok":
-                twos = _without(backward, two, found if other.status == "ok" else other, twos)
+                twos = _without(backward, twos, found if other.status == "ok" else other)
         if pair.found is not None and all(
             track.ratios.get(space.with_segments(config, track.default.checkpoint_segments), 1.0) < SURELY_FASTER
             for track, config in ((forward, pair.one), (backward, pair.two))
@@ -764,8 +801,8 @@ class _Search:
             proved, chosen = (pair.found, config) if taken[direction] else (pair.default, track.default)
             proof = getattr(proved, direction, None)
             if proof is None or track.default not in found:
-                if proved is not None and proved.status != "ok" and chosen in track.candidates:
-                    track.candidates[chosen].status, track.candidates[chosen].reason = proved.status, proved.reason
+                if proved is not None and proved.status != "ok":
+                    track.drop(chosen, proved.status, proved.reason)
                 choices.append(None)
             else:
                 choices.append(_Choice(chosen, proof, found[chosen], found[track.default]))
@@ -788,8 +825,7 @@ class _Search:
         found = {}
         for one, samples, method, failure in zip(configs, known["samples"], known["methods"], known["failures"], strict=True):
             if samples is None:
-                if one in track.candidates:
-                    track.candidates[one].status, track.candidates[one].reason = failure
+                track.untimed(one, *failure)
             else:
                 track.launches += len(samples)
                 found[one] = timing.Timed(samples, method)
@@ -912,13 +948,17 @@ def _tagged(direction: str, search: strategies.Search) -> Generator[tuple[str, A
         return found
 
 
-def _without(track: Track, config: LaunchConfig, proved: Proved, left: list[LaunchConfig]) -> list[LaunchConfig]:
+def _few(track: Track) -> list[LaunchConfig]:
+    """The best candidates, and at last the default: what fails in one direction costs the other nothing."""
+    few = track.ranked[: 1 + ALTERNATIVES]
+    return list(dict.fromkeys([*few, *(space.with_segments(track.default, config.checkpoint_segments) for config in few[:1])]))
+
+
+def _without(track: Track, configs: list[LaunchConfig], proved: Proved) -> list[LaunchConfig]:
     """The candidates that are left when the first one's proof has failed."""
-    base = space.with_segments(config, track.default.checkpoint_segments)
-    candidate = track.candidates.get(config) or track.candidates.get(base)
-    if candidate is not None and config != track.default:
-        candidate.status, candidate.reason = proved.status, proved.reason
-    return left[1:]
+    if configs[0] != track.default:
+        track.drop(configs[0], proved.status, proved.reason)
+    return configs[1:]
 
 
 def distance(one: Key, two: Key) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..kernels.config import LaunchConfig
@@ -76,7 +76,9 @@ class Plan:
     doubt_rounds: int = 8
 
 
-QUICK = Plan(every_shape=False, centres=2, refinements=2, contenders=4, contender_rounds=5, doubts=1)
+QUICK = Plan(every_shape=False, centres=1, refinements=1, contenders=4, contender_rounds=5, doubts=1)
+HINTED = replace(QUICK, refinements=0)
+"""Where another dtype was searched at the same shape: what it uses is timed against the default, and no more is compiled."""
 FULL = Plan()
 
 

@@ -18,8 +18,8 @@ import torch
 from ..kernels import config as kernel_config
 from ..kernels.config import Key, LaunchConfig
 from . import space, timing
-from .proof import one_line, raw, run_backward, run_forward
-from .worker import Failure, Json
+from .proof import raw, run_backward, run_forward
+from .worker import Failure, Json, failed
 
 PREPARE_SECONDS = {"cuda": 90.0, "cpu": 240.0}
 """How long a candidate may take to be compiled, if it is not, and run a few times."""
@@ -114,18 +114,18 @@ class Session:
             raise RuntimeError("no key is open")
         names = [(request["name"], one) for one in request["ids"]]
         samples: dict[Any, list[float]] = {name: [] for name in names}
-        failed: dict[Any, Json] = {}
+        fell: dict[Any, Json] = {}
         begin = time.perf_counter()
         with _no_grad(self.device):
             for _ in range(request["rounds"]):
-                for name, sample in self._race.round([name for name in names if name not in failed]).items():
+                for name, sample in self._race.round([name for name in names if name not in fell]).items():
                     if isinstance(sample, Exception):
-                        failed[name] = {"failed": "crashes", "reason": one_line(sample)}
+                        fell[name] = failed(sample)
                     else:
                         samples[name].append(sample)
                 if request["seconds"] is not None and time.perf_counter() - begin > request["seconds"]:
                     break
-        return {"samples": [failed.get(name) or samples[name] for name in names]}
+        return {"samples": [fell.get(name) or samples[name] for name in names]}
 
     def close(self, request: Json) -> Json:
         """``{"name"}``: lets go of the inputs of a key and of what was prepared for it."""
@@ -155,7 +155,7 @@ def _no_grad(device: torch.device) -> Iterator[None]:
 class Asked(Protocol):
     """What answers: a worker process, or this process."""
 
-    def ask(self, request: Json, seconds: float = ...) -> Json | Failure: ...
+    def ask(self, request: Json, seconds: float | None = None) -> Json | Failure: ...
 
     @property
     def alive(self) -> bool: ...
@@ -219,7 +219,8 @@ class Timer:
             fell = False
             samples: Samples = {}
             for group in groups:
-                found = self._sample(name, group, 1 if alone else rounds, seconds, failures)
+                limit = None if seconds is None else seconds / len(groups)
+                found = self._sample(name, group, rounds, limit, failures)
                 if found is not None:
                     samples |= found
                     continue

@@ -58,8 +58,12 @@ class Worker:
         self._process: _Process | None = None
         self.starts = 0
 
-    def ask(self, request: Json, seconds: float = REQUEST_SECONDS) -> Json | Failure:
+    def ask(self, request: Json, seconds: float | None = None) -> Json | Failure:
         """Sends a request and waits for the answer. After a failure the process is gone, and with it what it held.
+
+        Args:
+            request: what to do.
+            seconds: how long to wait; None is :data:`REQUEST_SECONDS`.
 
         Raises:
             WorkerError: the process does not start.
@@ -71,15 +75,11 @@ class Worker:
             if isinstance(hello, Failure):
                 self.stop()
                 raise WorkerError(f"a worker process does not start on {self._device}: {hello.reason}")
-        answer = self._process.ask(request, seconds)
-        if isinstance(answer, Failure):
+        answer = self._process.ask(request, REQUEST_SECONDS if seconds is None else seconds)
+        if isinstance(answer, Failure) or _poisoned(answer):
             self.stop()
-            return answer
-        if "failed" in answer:
-            failure = Failure(answer["failed"], answer["reason"])
-            if _poisoned(failure.reason):
-                self.stop()
-            return failure
+        if not isinstance(answer, Failure) and "failed" in answer:
+            return Failure(answer["failed"], answer["reason"])
         return answer
 
     @property
@@ -88,9 +88,9 @@ class Worker:
         return self._process is not None
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
 
 
 class _Process:
@@ -134,7 +134,7 @@ class _Process:
             line = self._answers.get(timeout=seconds)
         except queue.Empty:
             return Failure("hangs", f"no answer within {seconds:.0f} s")
-        if not line:
+        if not line.endswith(b"\n"):  # it died before it said anything, or in the middle
             return Failure("crashes", self._last_error())
         answer: Json = json.loads(line)
         return answer
@@ -157,9 +157,10 @@ class _Process:
                     stream.close()
 
 
-def _poisoned(reason: str) -> bool:
-    """After such an error nothing that the process launches is right any more: it is replaced."""
-    return "AcceleratorError" in reason or "CUDA error" in reason
+def _poisoned(answer: Json) -> bool:
+    """After such an error nothing that the process launches is right any more, whatever the answer is: it is replaced."""
+    reasons = [answer.get("reason"), *(one.get("reason") for one in answer.get("samples", ()) if isinstance(one, dict))]
+    return any(text in reason for reason in reasons if reason for text in ("AcceleratorError", "CUDA error", "Triton Error [CUDA]"))
 
 
 # --- the pool --------------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ class Pool:
         while not self._closed:
             _, _, item = self._waiting.get()
             if item is None:
-                return
+                break
             request, future = item
             if not future.set_running_or_notify_cancel():
                 continue
@@ -220,6 +221,7 @@ class Pool:
                 future.set_exception(error)
             else:
                 future.set_result(answer)
+        worker.stop()  # it may have been begun while the pool was closed
 
 
 class Local:
@@ -230,7 +232,7 @@ class Local:
     def __init__(self, device: str) -> None:
         self._service = Service(device)
 
-    def ask(self, request: Json, seconds: float = REQUEST_SECONDS) -> Json | Failure:
+    def ask(self, request: Json, seconds: float | None = None) -> Json | Failure:
         answer = self._service(request)
         return Failure(answer["failed"], answer["reason"]) if "failed" in answer else answer
 
@@ -280,6 +282,19 @@ def prove_request(op: str, dtype: str, rows: int, n: int, forward: LaunchConfig,
     }
 
 
+OUT_OF_MEMORY = "out of memory"
+
+
+def failed(error: Exception) -> Json:
+    """What a candidate that raised this is answered with."""
+    import torch
+
+    from .proof import one_line
+
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return {"failed": OUT_OF_MEMORY if memory else "crashes", "reason": one_line(error)}
+
+
 class Service:
     """Answers requests, in a worker or here. What fails in an answer is an answer: ``{"failed": status, "reason": …}``."""
 
@@ -302,16 +317,13 @@ class Service:
     def __call__(self, request: Json) -> Json:
         import torch
 
-        from .proof import one_line
-
         try:
             return self._answers[request["do"]](request)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            return {"failed": "out of memory", "reason": one_line(error)}
         except Exception as error:
-            return {"failed": "crashes", "reason": one_line(error)}
+            found = failed(error)
+            if found["failed"] == OUT_OF_MEMORY and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return found
 
     def _compile(self, request: Json) -> Json:
         from .binaries import compiled
