@@ -24,7 +24,7 @@ from typing import Any
 
 from ..kernels.config import Key, LaunchConfig
 from ..reports import evidence
-from . import peers, strategies
+from . import peers, space, strategies
 from .strategies import FULL, QUICK, Answer, Found, Plan, Ratios, Search
 
 Json = dict[str, Any]
@@ -37,9 +37,6 @@ FINAL_ROUNDS = 25
 
 SAMPLES = 3
 """Rounds of a candidate in the searches that give each candidate the same."""
-
-HINTS = 2
-"""How many neighbouring keys a search of ours hears of at most."""
 
 OURS: dict[str, Plan] = {"coordroute": FULL, "coordroute-quick": QUICK}
 EXHAUSTIVE, RANDOM = "exhaustive", "random"
@@ -122,7 +119,7 @@ def read(path: Path) -> Recording:
     Raises:
         ValueError: the file cannot be read, is not such a file, or has no key that can be replayed.
     """
-    data = evidence._read(path, "exhaustive")
+    data = evidence.read_file(path, "exhaustive")
     rounds = data["rounds"]
     if rounds < 2:
         raise ValueError(f"{path}: rounds is {rounds}; at least 2 are needed, one to search by and one to judge by")
@@ -309,47 +306,6 @@ def _followed(search: Search, recorded: Recorded, draw: Draw, path: list[tuple[i
             return found
 
 
-# --- hints -----------------------------------------------------------------------------------------------------------
-
-
-def hints(recorded: Recorded, chosen: dict[Key, LaunchConfig]) -> list[LaunchConfig]:
-    """What the nearest keys of the same operator and direction use, the nearest first, as far as this key has it.
-
-    Args:
-        recorded: the key.
-        chosen: what was taken for other keys.
-    """
-    key = recorded.key
-
-    def far(other: Key) -> float:
-        return abs(math.log2(key.rows / other.rows)) + abs(math.log2(key.n / other.n)) + (key.dtype != other.dtype)
-
-    alike = [other for other in chosen if (other.op, other.direction) == (key.op, key.direction) and other != key]
-    moved = [transferred(chosen[other], other, key) for other in sorted(alike, key=far)]
-    space = set(recorded.candidates)
-    return [config for config in dict.fromkeys(moved) if config is not None and config in space][:HINTS]
-
-
-def transferred(config: LaunchConfig, source: Key, target: Key) -> LaunchConfig | None:
-    """A configuration of one key for another: a row in registers has a block of its own length, and warps in proportion.
-
-    Args:
-        config: the configuration.
-        source: whose it is.
-        target: for what it is wanted.
-
-    Returns:
-        The configuration, or None where the warps do not come out whole.
-    """
-    if config.variant != "resident" or source.n == target.n:
-        return config
-    (block, left), (warps, more) = (divmod(number * target.n, source.n) for number in (config.block, config.num_warps))
-    if left or more or not warps:
-        return None
-    data = config.to_json() | {"block": block, "num_warps": warps}
-    return LaunchConfig.from_json(data)
-
-
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +360,7 @@ def run(recording: Recording, seeds: int = 10, names: Sequence[str] | None = Non
             for name in names:
                 tally = tallies[name]
                 if name in OURS:
-                    found = ours(one, rounds, seed, hints(one, chosen[name]), OURS[name])
+                    found = ours(one, rounds, seed, space.hints(one.key, chosen[name]), OURS[name])
                     chosen[name][one.key] = found.chosen
                     launches = launches or found.launches
                     tally.found[one.key].append(found)

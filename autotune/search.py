@@ -487,10 +487,8 @@ class _Search:
         if self.hinted(track):
             found = self.found.get(self.first(track.key))
             return [] if found is None else [space.with_segments(found, track.default.checkpoint_segments)]
-        near = [key for key in self.chosen if (key.op, key.direction) == (track.key.op, track.key.direction)]
-        near.sort(key=lambda key: (distance(key, track.key), key))
-        fitted = [space.fitted(self.chosen[key], key, track.key) for key in near[:2] if distance(key, track.key) <= 4]
-        return [space.with_segments(config, track.default.checkpoint_segments) for config in dict.fromkeys(fitted)]
+        near = space.hints(track.key, self.chosen)
+        return list(dict.fromkeys(space.with_segments(config, track.default.checkpoint_segments) for config in near))
 
     # 1. and 2.: the search
 
@@ -959,9 +957,3 @@ def _without(track: Track, configs: list[LaunchConfig], proved: Proved) -> list[
     if configs[0] != track.default:
         track.drop(configs[0], proved.status, proved.reason)
     return configs[1:]
-
-
-def distance(one: Key, two: Key) -> float:
-    """How far apart two keys of an operator are: doublings of the length and of the rows, and one for another dtype."""
-    away = abs(math.log2(one.n / two.n)) + abs(math.log2(one.rows / two.rows))
-    return away + (one.dtype != two.dtype)

@@ -6,7 +6,9 @@ operator, dtype, number of rows and length, both directions.
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -122,6 +124,24 @@ def fitted(config: LaunchConfig, source: Key, key: Key) -> LaunchConfig:
         programs = max(2, config.programs_per_row * key.n // source.n)
         return replace(config, programs_per_row=min(programs, 2048))
     return config
+
+
+HINTS = 2
+FARTHEST = 4.0
+"""How many hints a key has at most, and how far the keys are at most that they come from."""
+
+
+def distance(one: Key, two: Key) -> float:
+    """How far apart two keys of an operator are: doublings of the length and of the rows, and one for another dtype."""
+    away = abs(math.log2(one.n / two.n)) + abs(math.log2(one.rows / two.rows))
+    return away + (one.dtype != two.dtype)
+
+
+def hints(key: Key, chosen: Mapping[Key, LaunchConfig]) -> list[LaunchConfig]:
+    """What the nearest other keys of the same operator and direction use, carried over to this key, the nearest first."""
+    near = [one for one in chosen if one[:2] == key[:2] and one != key and distance(one, key) <= FARTHEST]
+    near.sort(key=lambda one: (distance(one, key), one))
+    return list(dict.fromkeys(fitted(chosen[one], one, key) for one in near))[:HINTS]
 
 
 # --- GPU -------------------------------------------------------------------------------------------------------------

@@ -294,8 +294,8 @@ def load(folder: Path) -> Evidence:
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}; {needed}")
     of_device = (*COMMANDS, "sanitize", "exhaustive", "replay")
-    found = {command: _read(path, command) for command in of_device if (path := folder / f"{command}.json").exists()}
-    others = {path.name: _read(path, "verify") for path in sorted(folder.glob(OTHERS), key=_natural)}
+    found = {command: read_file(path, command) for command in of_device if (path := folder / f"{command}.json").exists()}
+    others = {path.name: read_file(path, "verify") for path in sorted(folder.glob(OTHERS), key=_natural)}
     if not others and not any(command in found for command in COMMANDS):
         raise ValueError(f"{folder} has no evidence to render; {needed}")
     for command, data in [*found.items()][1:]:
@@ -340,7 +340,7 @@ def _parse(path: Path) -> Json:
     return data
 
 
-def _read(path: Path, name: str) -> Json:
+def read_file(path: Path, name: str) -> Json:
     data, command = _parse(path), MADE_BY.get(name, name)
     if data.get("schema") != SCHEMA or isinstance(data.get("schema"), bool):
         raise ValueError(f"{path} has schema {data.get('schema')!r}; this version reads schema {SCHEMA}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from coordroute import cli
-from coordroute.autotune import peers, replay, strategies
+from coordroute.autotune import peers, replay, space, strategies
 from coordroute.kernels.config import Key, LaunchConfig
 from coordroute.reports import evidence, render
 from coordroute.reports.candidates import goals
@@ -26,7 +26,7 @@ DEVICE = {"name": "a made-up device", "sm_count": 132, "capability": "9.0", "mem
 HEAD = {"schema": 1, "device": DEVICE, "versions": {"torch": "2"}, "date": "2026-01-01T00:00:00+00:00"}
 
 
-def space(key: Key) -> list[LaunchConfig]:
+def made_up(key: Key) -> list[LaunchConfig]:
     """30 candidates, the default first."""
     made = [
         LaunchConfig("resident", key.n, rows, warps, stages)
@@ -49,7 +49,7 @@ def recorded(keys=KEYS, noise=0.0, rounds=ROUNDS) -> dict:
     made = []
     for key in keys:
         candidates = []
-        for config in space(key):
+        for config in made_up(key):
             samples = [
                 round(speed(key, config) * (1 + 0.05 * math.sin(turn)) * math.exp(chance.gauss(0, noise)), 4)
                 for turn in range(rounds)
@@ -295,30 +295,25 @@ def test_quantiles_are_values_that_occurred():
 # --- hints -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_in_registers_takes_its_warps_along_with_its_length():
+def test_a_configuration_is_fitted_to_another_length():
     short, long = KEYS[0], KEYS[2]
     config = LaunchConfig("resident", 1024, 2, 4, 1)
-    assert replay.transferred(config, short, long) == LaunchConfig("resident", 2048, 2, 8, 1)
-    assert replay.transferred(LaunchConfig("resident", 2048, 2, 8, 1), long, short) == config
-    assert replay.transferred(LaunchConfig("resident", 2048, 2, 1, 1), long, short) is None
-    assert replay.transferred(config, short, KEYS[1]) == config
+    assert space.fitted(config, short, long) == LaunchConfig("resident", 2048, 2, 8, 1)
+    assert space.fitted(LaunchConfig("resident", 2048, 2, 8, 1), long, short) == config
+    assert space.fitted(config, short, KEYS[1]) == config
     split = LaunchConfig("split", 4096, 1, 8, 1, programs_per_row=4)
-    assert replay.transferred(split, short, long) == split
+    assert space.fitted(split, short, long) == LaunchConfig("split", 4096, 1, 8, 1, programs_per_row=8)
 
 
-def test_hints_are_of_the_nearest_keys_of_the_operator_and_direction(read):
-    one = read(recorded()).keys[2]
+def test_hints_are_of_the_nearest_keys_of_the_operator_and_direction():
     chosen = {
         KEYS[0]: LaunchConfig("resident", 1024, 2, 4, 1),
         KEYS[1]: LaunchConfig("resident", 1024, 4, 2, 1),
-        Key("soft_topk", "forward", "float32", 4, 2048): LaunchConfig("resident", 2048, 1, 16, 1),
+        Key("soft_topk", "forward", "float32", 1, 1 << 20): LaunchConfig("split", 8192, 1, 16, 1, programs_per_row=128),
         Key("soft_topk", "backward", "float32", 1024, 2048): LaunchConfig("resident", 2048, 1, 1, 1),
         KEYS[2]: LaunchConfig("resident", 2048, 1, 2, 1),
     }
-    assert replay.hints(one, chosen) == [LaunchConfig("resident", 2048, 2, 8, 1), LaunchConfig("resident", 2048, 4, 4, 1)]
-    # one that this key has not is no hint
-    chosen[KEYS[0]] = LaunchConfig("resident", 1024, 2, 16, 1)
-    assert replay.hints(one, chosen) == [LaunchConfig("resident", 2048, 4, 4, 1), LaunchConfig("resident", 2048, 1, 16, 1)]
+    assert space.hints(KEYS[2], chosen) == [LaunchConfig("resident", 2048, 2, 8, 1), LaunchConfig("resident", 2048, 4, 4, 1)]
 
 
 # --- the command and the report --------------------------------------------------------------------------------------
