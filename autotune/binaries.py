@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..kernels import config as kernel_config
 from ..kernels.config import Key, LaunchConfig
-from .proof import one_line, raw, run_backward, run_forward
+from .proof import PUBLISHED, compute_dtype, one_line, raw, run_backward, run_forward
+
+if TYPE_CHECKING:
+    from ..kernels.aot import Noted
 
 SPILLING = "spills"
 FAILING = "does not compile"
@@ -79,13 +83,67 @@ def compiled(device: torch.device, key: Key, config: LaunchConfig, is_default: b
     return found
 
 
+def prepare(device: torch.device, op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig) -> int:
+    """Compiles what a proof of the pair launches, so that it finds it in Triton's cache. Nothing runs on the GPU.
+
+    Returns:
+        How many launches were compiled; 0 on a CPU.
+    """
+    if device.type != "cuda":
+        return 0
+    with torch.cuda.device(device):
+        found = proof_launches(op, dtype, n, forward, backward, _processors(device))
+        for function, grid, arguments, passed in found:
+            function.warmup(*arguments, grid=grid, **passed)
+    return len(found)
+
+
+def proof_launches(op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig, processors: int) -> list[Noted]:
+    """The kinds of launches of a proof (``reference.cases.proof_cases`` and its properties), on tensors that hold nothing."""
+    from ..kernels.aot import noted
+    from ..reference.cases import proof_cases
+
+    kernels, exact = raw(op, "triton"), op == "soft_topk"
+    plain, full = proof_cases(op, dtype, n, 0)
+    # rows, length, whether masked, whether k (and eps) are tensors, whether a gradient is asked for
+    forms = [
+        (len(plain.rows), plain.n, False, False, True),
+        (1, plain.n, False, False, False),
+        (len(full.rows), full.n, True, True, True),
+        (1, full.n, False, True, False),
+        (len(full.rows), full.n + 3, True, True, False),
+    ]
+    with noted(processors) as launches:
+        for rows, length, masked, tensors, gradient in forms:
+            scores = torch.empty((rows, length), dtype=getattr(torch, dtype), device="meta")
+            per_row = torch.empty(rows, dtype=compute_dtype(scores.dtype), device="meta")
+            mask = torch.empty((rows, length), dtype=torch.bool, device="meta") if masked else None
+            k: Any = per_row if tensors else 1.0
+            if exact:
+                eps: Any = per_row if tensors else 1.0
+                _, saved = kernels.forward(scores, k, eps, mask, forward)
+                if gradient:
+                    kernels.backward(scores, scores, saved, eps, mask, backward)
+                continue
+            schedule = (PUBLISHED.n_iters, PUBLISHED.eps, PUBLISHED.eps_init, PUBLISHED.eps_decay, tensors)
+            segments = kernel_config.scale_segments(forward, PUBLISHED.n_iters)
+            _, saved = kernels.forward(scores, k, mask, *schedule, segments, forward)
+            if gradient:
+                kernels.backward(scores, scores, saved, k, mask, *schedule, backward)
+        return list(launches)
+
+
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _kernels(device: torch.device, key: Key, config: LaunchConfig) -> list[tuple[str, Any]]:
     """What the candidate launches: how, as text, and the compiled kernel."""
     from ..kernels.aot import noted
 
     scores = torch.empty((key.rows, key.n), dtype=getattr(torch, key.dtype), device="meta")
     kernels = raw(key.op, "triton")
-    with torch.cuda.device(device), noted(torch.cuda.get_device_properties(device).multi_processor_count) as launches:
+    with torch.cuda.device(device), noted(_processors(device)) as launches:
         _, saved = run_forward(key.op, kernels, scores, config)
         if key.direction == "backward":
             launches.clear()

@@ -48,7 +48,7 @@ from .proof import Proved
 from .space import Group
 from .strategies import Answer, Ask, Found
 from .timer import Timer
-from .worker import PROGRAM, Failure, Inline, Json, Local, Pool, Worker, compile_request, prove_request
+from .worker import PROGRAM, WARM, Failure, Inline, Json, Local, Pool, Worker, compile_request, prepare_request, prove_request
 
 Progress = Callable[[int, int, str, float | None], None]
 """Called with (total, done, text, seconds left or None)."""
@@ -65,8 +65,8 @@ SEGMENT_GAIN = 0.99
 SEGMENT_TIE = 1.005
 """Within this of the best sum, the fewest segments are taken: they keep the least memory."""
 
-AT_A_TIME = 4
-"""Groups that are searched at a time: while one waits for the compiler, another is timed."""
+AT_A_TIME = 16
+"""Groups that are searched at a time: while one waits for the compiler, others are timed. A compile takes 1 to 5 s."""
 
 ITEM = 24
 """Groups in an item, at most. They are proved together, while nothing is timed."""
@@ -387,6 +387,8 @@ class _Search:
             single = Worker(name, torch.get_num_threads(), self.program)
             return stack.enter_context(Inline(single)), Timer(single, kind, self.seed, self.plan.sample_us)
         pool = stack.enter_context(Pool(name, self.workers, self.program))
+        for _ in range(3 * self.workers):
+            pool.submit(WARM, 3)  # none is told apart: most get one
         timing_process = Worker(name, program=self.program)
         stack.callback(timing_process.stop)
         return pool, Timer(timing_process, kind, self.seed, self.plan.sample_us)
@@ -558,7 +560,24 @@ class _Search:
                 active.remove(hunt)
                 done[hunt.group.label()] = hunt
                 self.found |= {track.key: track.ranked[0] for track in hunt.tracks.values() if track.ranked}
+                self.prepare(hunt)
         return done
+
+    def prepare(self, hunt: Hunt) -> None:
+        """Compiles what the proofs of a group will launch, while others are still searched."""
+        tracks = list(hunt.tracks.values())
+        if self.backend == "cpu" or self.workers == 0 or not all(track.ranked for track in tracks):
+            return
+        group, best, defaults = hunt.group, [track.ranked[0] for track in tracks], [track.default for track in tracks]
+        for pair in [best, defaults] if self.default_needed(hunt, best) else [best]:
+            self.pool.submit(prepare_request(group.op, group.dtype, group.n, *pair), 1)
+
+    def default_needed(self, hunt: Hunt, chosen: Sequence[LaunchConfig]) -> bool:
+        """Whether the default may be taken in the end, so that it has to be proved."""
+        return not all(
+            track.ratios.get(space.with_segments(config, track.default.checkpoint_segments), 1.0) < SURELY_FASTER
+            for track, config in zip(hunt.tracks.values(), chosen, strict=True)
+        )
 
     def hunt(self, group: Group, left: int) -> Hunt:
         deadline = math.inf
@@ -757,10 +776,7 @@ class _Search:
                 ones = _without(forward, ones, found if with_default.status == "ok" else with_default)
             if other.status != "ok" or with_default.status == "ok":
                 twos = _without(backward, twos, found if other.status == "ok" else other)
-        if pair.found is not None and all(
-            track.ratios.get(space.with_segments(config, track.default.checkpoint_segments), 1.0) < SURELY_FASTER
-            for track, config in ((forward, pair.one), (backward, pair.two))
-        ):
+        if pair.found is not None and not self.default_needed(hunt, (pair.one, pair.two)):
             return pair
         default = yield self.request(hunt.group, forward.default, backward.default)
         return pair._replace(default=default)

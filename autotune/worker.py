@@ -268,6 +268,16 @@ def compile_request(key: Key, config: LaunchConfig, is_default: bool) -> Json:
     return {"do": "compile", "key": key._asdict(), "config": config.to_json(), "is_default": is_default}
 
 
+def prepare_request(op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig) -> Json:
+    """Compiles what a proof launches; answered by ``{"launches": how many}``."""
+    pair = {"forward": forward.to_json(), "backward": backward.to_json()}
+    return {"do": "prepare", "op": op, "dtype": dtype, "n": n, **pair}
+
+
+WARM = {"do": "warm"}
+"""A request to load what a first proof loads, while there is nothing else to do; answered by ``{}``."""
+
+
 def prove_request(op: str, dtype: str, rows: int, n: int, forward: LaunchConfig, backward: LaunchConfig, seed: int) -> Json:
     """Answered by the fields of :class:`coordroute.autotune.proof.Proved`."""
     return {
@@ -305,9 +315,12 @@ class Service:
 
         self.device = torch.device(device_name)
         self._session = Session(self.device)
+        self._cold = True
         self._answers: dict[str, Callable[[Json], Json]] = {
             "compile": self._compile,
             "prove": self._prove,
+            "prepare": self._prepare,
+            "warm": self._warm,
             "open": self._session.open,
             "add": self._session.add,
             "round": self._session.rounds,
@@ -330,6 +343,23 @@ class Service:
 
         key, config = Key(**request["key"]), LaunchConfig.from_json(request["config"])
         return compiled(self.device, key, config, request["is_default"])._asdict()
+
+    def _prepare(self, request: Json) -> Json:
+        from .binaries import prepare
+
+        forward, backward = (LaunchConfig.from_json(request[name]) for name in ("forward", "backward"))
+        return {"launches": prepare(self.device, request["op"], request["dtype"], request["n"], forward, backward)}
+
+    def _warm(self, request: Json) -> Json:
+        if self._cold:
+            import torch
+
+            from ..reference import verify  # noqa: F401
+
+            self._cold = False
+            scores = torch.zeros(2, 64, device=self.device, dtype=torch.float64, requires_grad=True)
+            torch.autograd.grad(scores.exp().sum(), scores)
+        return {}
 
     def _prove(self, request: Json) -> Json:
         from .proof import prove

@@ -1,0 +1,53 @@
+"""What is compiled ahead for a proof is what the proof launches."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from coordroute.autotune import binaries, proof
+from coordroute.kernels import coordinate_descent, soft_topk
+from coordroute.kernels.config import DIRECTIONS, OPS, Key, heuristic
+from coordroute.reference import verify
+
+pytest.importorskip("triton")
+
+MODULES = {"soft_topk": soft_topk, "coordinate_descent": coordinate_descent}
+ANYWHERE = ("COOPERATIVE", "launch_cooperative_grid")
+
+
+def kind(function, arguments, passed):
+    """What Triton tells launches apart by: types, alignment, whether an integer is 1 or a multiple of 16, and constants."""
+
+    def of(value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        return (value == 1, value % 16 == 0) if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+    constants = {name: str(value) for name, value in passed.items() if name not in ANYWHERE}
+    return function.__name__, tuple(map(of, arguments)), tuple(sorted(constants.items()))
+
+
+@pytest.mark.parametrize(("rows", "n"), [(16, 64), (4, 100)])
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_proof_launches_is_compiled_ahead(op, rows, n):
+    pair = [heuristic(Key(op, direction, "float32", rows, 1 << (n - 1).bit_length()), "triton") for direction in DIRECTIONS]
+    ahead = {kind(*(one.function, one.arguments, one.passed)) for one in binaries.proof_launches(op, "float32", n, *pair, 1 << 20)}
+    launched = set()
+
+    def note(function, grid, *arguments, **passed):
+        launched.add(kind(function, arguments, passed))
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor) and argument.dtype.is_floating_point and not argument.requires_grad:
+                argument.nan_to_num_(0.0, 0.0, 0.0)  # memory that nobody wrote
+
+    with mock.patch.object(MODULES[op], "launch", note):
+        verify.check_candidate(proof.operator(op, "triton", *pair), op, device="cpu", dtype=torch.float32, n=n)
+    assert len(launched) >= 6
+    assert launched <= ahead
+
+
+def test_nothing_is_compiled_ahead_on_a_cpu():
+    config = heuristic(Key("soft_topk", "forward", "float32", 4, 64), "cpu")
+    assert binaries.prepare(torch.device("cpu"), "soft_topk", "float32", 64, config, config) == 0
