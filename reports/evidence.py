@@ -241,7 +241,7 @@ class Evidence:
     Attributes:
         verify, autotune, benchmark, sanitize: files of commands, all of one device.
         mutants, false_alarms: of tests/mutation/run.py; they name their own device.
-        training: of examples/train_bytes.py; colt5: of coordroute.integrations.colt5_check.
+        training: of examples/train_bytes.py; colt5: of coordroute.integrations.colt5_check, each of another version.
         others: the further files of verify, by their names; of any device.
         exhaustive: every candidate of some keys, timed; replay: searches replayed on it. Of the same device as the commands' files.
     """
@@ -253,7 +253,7 @@ class Evidence:
     mutants: Json | None = None
     false_alarms: Json | None = None
     training: Json | None = None
-    colt5: Json | None = None
+    colt5: tuple[Json, ...] = ()
     others: dict[str, Json] = field(default_factory=dict)
     exhaustive: Json | None = None
     replay: Json | None = None
@@ -282,7 +282,8 @@ class Evidence:
 
 def load(folder: Path) -> Evidence:
     """Reads and checks the evidence of a folder: verify.json, autotune.json, benchmark.json or verify-*.json, at least one of them,
-    and sanitize.json, exhaustive.json, replay.json, mutants.json, false-alarms.json, bytes.json and colt5.json.
+    and sanitize.json, exhaustive.json, replay.json, mutants.json, false-alarms.json, bytes.json, colt5.json and
+    colt5-*.json.
 
     Raises:
         ValueError: no file, one that is not what its name says, or files of different devices.
@@ -316,7 +317,11 @@ def load(folder: Path) -> Evidence:
         _read_mutants(mutants) if mutants.exists() else None,
         _read_false_alarms(alarms) if alarms.exists() else None,
         _read_model(folder / "bytes.json", _TRAINING),
-        _read_model(folder / "colt5.json", _COLT5),
+        tuple(
+            model
+            for path in sorted([folder / "colt5.json", *folder.glob("colt5-*.json")], key=_natural)
+            if (model := _read_model(path, _COLT5)) is not None
+        ),
         others,
         found.get("exhaustive"),
         found.get("replay"),

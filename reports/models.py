@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from . import text
 from .blocks import Block, Cell, Column, Heading, Table, Words
 from .evidence import Json
 
 
-def chapter(training: Json | None, colt5: Json | None) -> list[Block]:
-    """What was seen in models; nothing where there is neither file."""
-    if training is None and colt5 is None:
+def chapter(training: Json | None, colt5: Sequence[Json]) -> list[Block]:
+    """What was seen in models; nothing where there is no file."""
+    if training is None and not colt5:
         return []
     blocks: list[Block] = [Heading("In models", anchor="models")]
     blocks += [] if training is None else _training(training)
-    blocks += [] if colt5 is None else _colt5(colt5)
+    for one in colt5:
+        blocks += _colt5(one)
     return blocks
 
 
@@ -61,5 +64,5 @@ def _colt5(data: Json) -> list[Block]:
         )
     return [
         Words(said, "pass" if held == len(same) else "fail"),
-        Table("A training step of CoLT5-attention's modules", columns, made),
+        Table(f"A training step of the modules of CoLT5-attention {data['package_version']}", columns, made),
     ]
