@@ -417,6 +417,16 @@ def _method(evidence: Evidence) -> list[Block]:
             if evidence.autotune.get(name) is not None:
                 say(f"autotune: {what}", evidence.autotune[name])
         say("autotune: keys taken over from an interrupted run", evidence.autotune["resumed"])
+        if evidence.autotune.get("launches") is not None:
+            say("autotune: timed samples", text.count(evidence.autotune["launches"]))
+        phases = evidence.autotune.get("phases") or {}
+        for phase, spent in phases.items():
+            say(f"autotune: {phase}", text.duration(spent))
+        lookup = evidence.autotune.get("lookup")
+        if lookup is not None:
+            say("autotune: a lookup that was made before", f"{text.count(lookup['lookup_ns'])} ns at the median")
+            if lookup["import_ms"] is not None:
+                say("autotune: what `import coordroute` adds to importing torch", f"{lookup['import_ms']:.1f} ms")
         for line in _templates([timing["method"] for timing in timings if timing["method"]]):
             say("autotune: one measurement", line)
         say("autotune: samples", _range([timing["samples"] for timing in timings]))

@@ -1,0 +1,84 @@
+"""The timings of all candidates, and what a lookup costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from coordroute import cli
+from coordroute.autotune import exhaust, hosttime, replay, space
+from coordroute.kernels import config as kernel_config
+from coordroute.kernels.config import Key, LaunchConfig
+
+CPU = torch.device("cpu")
+KEY = Key("soft_topk", "forward", "float32", 4, 50)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Candidates that need no C++ compiler, one of which cannot be launched."""
+
+    def candidates(key, backend, effort):
+        default = kernel_config.heuristic(key, backend)
+        made = [default, *(LaunchConfig("eager", rows_per_program=rows) for rows in (1, 2))]
+        return made if effort == "quick" else [*made, LaunchConfig("no such variant", rows_per_program=1)]
+
+    monkeypatch.setattr(space, "candidates", candidates)
+
+
+def test_every_candidate_of_a_key_is_timed(few):
+    seen = []
+    data = exhaust.run("cpu", 4, lambda *report: seen.append(report), chosen=[KEY], workers=0)
+    (key,) = data["keys"]
+    assert key["key"] == KEY._asdict()
+    assert [one["status"] for one in key["candidates"]] == ["timed", "timed", "timed", "crashes"]
+    assert all(len(one["samples"]) == 4 and min(one["samples"]) > 0 for one in key["candidates"][:3])
+    assert key["candidates"][3]["samples"] is None and "no such variant" in key["candidates"][3]["reason"]
+    assert (key["default"], key["serves"], key["seeds"]) == (0, 0, [0, 1, 2])
+    assert [report[:2] for report in seen] == [(1, 0), (1, 1)]
+
+
+def test_replay_reads_what_exhaust_writes(few, tmp_path):
+    path = tmp_path / "exhaustive.json"
+    path.write_text(json.dumps(exhaust.run("cpu", 4, chosen=[KEY], workers=0)))
+    found = replay.run(replay.read(path), seeds=2, names=["coordroute"])
+    assert found["strategies"][0]["keys"][0]["candidates"] == 3
+
+
+def test_sizes_between_the_keys_stay_as_they_are():
+    backends = [("triton", exhaust.BETWEEN), ("cpu", exhaust.CPU_BETWEEN)]
+    for backend, shapes in backends:
+        keys = exhaust.keys(backend, between=True)
+        assert {(key.rows, key.n) for key in keys} == set(shapes)
+        assert all(exhaust.bucket(key) != key for key in keys)
+        assert len(set(exhaust.keys(backend))) == len(exhaust.keys(backend))
+    assert len(exhaust.keys("triton")) == 48
+
+
+def test_too_few_rounds_are_refused():
+    with pytest.raises(ValueError, match="rounds is 1; at least 2"):
+        exhaust.run("cpu", 1, chosen=[KEY], workers=0)
+
+
+def test_the_command_shows_what_serves(few, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(exhaust, "keys", lambda backend, between=False: [KEY])
+    monkeypatch.setattr(exhaust, "Worker", lambda device, threads: exhaust.Local(device))
+    path = tmp_path / "exhaustive.json"
+    assert cli.main(["exhaust", "--device", "cpu", "--rounds", "3", "--between", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "soft_topk forward float32 4x50" in out and "1 crashes" in out and "serving ÷ best" in out and "at p95" in out
+    assert json.loads(path.read_text())["rounds"] == 3
+
+
+def test_a_lookup_is_timed():
+    found = hosttime.lookup("cpu", [KEY])
+    assert set(found) == {"lookup_ns", "import_ms", "samples"}
+    assert found["lookup_ns"] >= 0 and found["import_ms"] > 0
+
+
+def test_a_configuration_keeps_its_other_fields_when_it_is_fitted():
+    config = LaunchConfig("resident", 1024, 2, 4, 1, 20, max_registers=64)
+    moved = space.fitted(config, KEY._replace(n=1024), KEY._replace(n=4096))
+    assert moved == dataclasses.replace(config, block=4096, num_warps=16)
