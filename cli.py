@@ -595,8 +595,8 @@ def _parser() -> argparse.ArgumentParser:
         "exhaust",
         _exhaust,
         "time every candidate of some keys, for replay and for the report",
-        "Times every candidate of 48 keys (on a CPU 12), without verifying or tuning anything. The search is judged by these"
-        " timings: see `coordroute replay`.",
+        "Times every candidate of 48 keys (on a CPU 12), without verifying or tuning anything.\n"
+        "The search is judged by these timings: see `coordroute replay`.",
         "  coordroute exhaust --json exhaustive.json\n  torchrun --nproc-per-node=2 -m coordroute exhaust --json exhaustive.json\n",
     )
     add_device(one)

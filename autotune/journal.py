@@ -60,9 +60,9 @@ class Journal:
 
     def put(self, kind: str, name: str, answer: Any) -> None:
         """Remembers an answer and writes it down."""
-        self._known[kind, name] = answer
         if self._file is None:
             self._begin()
+        self._known[kind, name] = answer
         if self._file is not None:
             self._file.write(json.dumps([kind, name, answer], separators=(",", ":")) + "\n")
             self._file.flush()
@@ -99,7 +99,8 @@ def journal_path(output: Path, rank: int = 0) -> Path:
 def siblings(path: Path) -> list[Path]:
     """The journals of all processes of a run, this one's among them."""
     stem = path.name.rsplit(".", 2)[0]
-    return sorted(one for one in path.parent.glob(f"{_literal(stem)}.*.jsonl") if _rank(one) >= 0)
+    found = path.parent.glob(f"{_literal(stem)}.*.jsonl")
+    return sorted(one for one in found if one.name.rsplit(".", 2)[0] == stem and _rank(one) >= 0)
 
 
 def _rank(path: Path) -> int:

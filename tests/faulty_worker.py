@@ -4,7 +4,8 @@
 search with such workers. SPEC is a JSON file::
 
     log     a file that gets one line for each request: the process, and what it was asked
-    costs   milliseconds that a call takes longer while it is timed, by rows_per_program ("else" for the others)
+    costs   milliseconds that a call takes while it is timed, by rows_per_program ("else" for the others); a call of the same
+            configuration after the first does nothing else
     faults  where it fails: [{"op", "direction", "rows" (rows_per_program), "kind", "during" (requests), "after" (calls)}]
 
 and, for a search, what ``search.run`` is given. A fault without one of the fields is one for all its values.
@@ -95,18 +96,22 @@ class Faults:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
 
     def wrapped(self, op: str, direction: str, kernel):
+        costs, known = self.spec.get("costs", {}), {}
+
         def call(*arguments):
             config, device = arguments[-1], arguments[0].device
             if self.sticky:
                 raise RuntimeError(self.sticky)
             kind = self.of(op, direction, config.rows_per_program)
             self.strike(kind, device)
-            made = kernel(*arguments)
+            timed = self.doing in ("add", "round")
+            until = time.perf_counter() + 1e-3 * costs.get(str(config.rows_per_program), costs.get("else", 0))
+            made = known.get((config, arguments[0].shape)) if timed and costs else None
+            if made is None:
+                made = known[config, arguments[0].shape] = kernel(*arguments)
             if kind == "wrong":
                 made = (made[0] * 1.01, *made[1:])
-            costs = self.spec.get("costs", {})
-            until = time.perf_counter() + 1e-3 * costs.get(str(config.rows_per_program), costs.get("else", 0))
-            while self.doing in ("add", "round") and time.perf_counter() < until:
+            while timed and time.perf_counter() < until:
                 pass
             return made
 

@@ -1,16 +1,16 @@
-"""The autotuner on a CPU: space, timing, proof, workers, search, and that an interrupted search goes on."""
+"""The autotuner on a CPU: space, timing, proof, workers, the journal, search, and that an interrupted search goes on."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
 import torch
-from coordroute.autotune import benchmark, proof, search, space, store, timing, worker
+from coordroute.autotune import benchmark, journal, proof, search, space, store, strategies, timer, timing, worker
 from coordroute.autotune import device as devices
+from coordroute.autotune.binaries import Compiled
 from coordroute.autotune.space import Group
 from coordroute.kernels import config as kernel_config
 from coordroute.kernels.config import Key, LaunchConfig
@@ -91,47 +91,154 @@ def test_the_operator_of_a_configuration_is_differentiable(op):
 
 
 @pytest.mark.parametrize("op", kernel_config.OPS)
-def test_a_right_configuration_is_proved_and_a_wrong_one_is_not(op, monkeypatch):
-    key = Key(op, "forward", "float32", 4, 16)
-    config = kernel_config.heuristic(key, "cpu")
-    outcome = proof.prove(CPU, key, config, config)
-    assert outcome.status == "ok", outcome.reason
-    assert store.check_proof(outcome.proof, key, "cpu") is None
+def test_a_right_pair_is_proved_and_a_wrong_one_is_not(op, monkeypatch):
+    keys = [Key(op, direction, "float32", 4, 16) for direction in kernel_config.DIRECTIONS]
+    config = kernel_config.heuristic(keys[0], "cpu")
+    pair = op, "float32", 4, 16, config, config
+    proved = proof.prove(CPU, *pair)
+    assert (proved.status, proved.reason) == ("ok", "")
+    for key, made in zip(keys, (proved.forward, proved.backward), strict=True):
+        assert store.check_proof(made, key, "cpu") is None
 
     right = proof.raw(op, "cpu")
-    off = proof.Raw(lambda *a: (lambda lam, *rest: (lam * 1.01, *rest))(*right.forward(*a)), right.backward)
-    monkeypatch.setattr(proof, "raw", lambda op, backend: off)
-    assert proof.prove(CPU, key, config, config).status == "wrong"
+    for off in (
+        right._replace(forward=lambda *a: (lambda lam, *rest: (lam * 1.01, *rest))(*right.forward(*a))),
+        right._replace(backward=lambda *a: (lambda grad, *rest: (grad * 1.01, *rest))(*right.backward(*a))),
+    ):
+        monkeypatch.setattr(proof, "raw", lambda op, backend, off=off: off)
+        proved = proof.prove(CPU, *pair)
+        assert (proved.status, proved.forward, proved.backward) == ("wrong", None, None) and "FAILS" in proved.reason
 
     def raises(*arguments):
         raise RuntimeError("out of registers")
 
     monkeypatch.setattr(proof, "raw", lambda op, backend: proof.Raw(raises, raises))
-    outcome = proof.prove(CPU, key, config, config)
-    assert outcome.status == "does not compile" and "out of registers" in outcome.reason
+    proved = proof.prove(CPU, *pair)
+    assert proved.status == "wrong" and "out of registers" in proved.reason
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("80 GiB")
+
+    monkeypatch.setattr(proof, "raw", lambda op, backend: proof.Raw(full, full))
+    assert proof.prove(CPU, *pair).status == "out of memory"
 
 
-def test_a_worker_that_dies_costs_one_candidate():
-    key = Key("soft_topk", "forward", "float32", 4, 16)
-    config = kernel_config.heuristic(key, "cpu")
-    task = worker.Task(key, config, config)
-    assert worker.Task.from_json(json.loads(task.identifier())) == task
+# --- workers and the timer -------------------------------------------------------------------------------------------
+
+
+def request(config: LaunchConfig, group: Group = SMALL[0]) -> dict:
+    return worker.prove_request(*group, config, config, 0)
+
+
+def test_a_worker_proves_and_a_pool_too():
+    config = kernel_config.heuristic(SMALL[0].key("forward"), "cpu")
     with worker.Pool("cpu", 1) as pool:
-        ((_, first),) = pool.prove_all([task])
-        assert first.status == "ok", first.reason
-        (running,) = pool._all
-        os.kill(running._process.pid, signal.SIGKILL)
-        running._process.wait()
-        outcomes = [outcome.status for _, outcome in pool.prove_all([task, task])]
-    assert outcomes == ["crashes", "ok"]
-    assert running._process.poll() is not None
+        first, second = pool.submit(request(config)), pool.submit(worker.compile_request(SMALL[0].key("forward"), config, True))
+        assert proof.Proved(**first.result(120)).status == "ok"
+        assert Compiled(**second.result(60)) == Compiled("ok")
+        assert pool.submit({"do": "nonsense"}).result(60).status == "crashes"
+        (running,) = [one._process._process for one in pool._workers]
+    assert running.poll() is not None
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_no_verdict_on_candidates():
-    key = Key("soft_topk", "forward", "float32", 4, 16)
-    config = kernel_config.heuristic(key, "cpu")
+    config = kernel_config.heuristic(SMALL[0].key("forward"), "cpu")
     with worker.Pool("no such device", 1) as pool, pytest.raises(worker.WorkerError, match="no such device"):
-        list(pool.prove_all([worker.Task(key, config, config)]))
+        pool.submit(request(config)).result(60)
+    with pytest.raises(worker.WorkerError, match="no such device"):
+        worker.Inline(worker.Worker("no such device")).submit(request(config))
+
+
+def test_a_timer_times_candidates_of_several_keys_in_the_same_rounds():
+    local = worker.Local("cpu")
+    asks = timer.Timer(local, "cpu", 0, 1.0)
+    keys = [group.key(direction) for group in SMALL for direction in kernel_config.DIRECTIONS]
+    for key in keys:
+        asks.open(search.label(key), key)
+    for key in keys:
+        default = kernel_config.heuristic(key, "cpu")
+        configs = [default, replace(default, rows_per_program=2), replace(default, variant="nonsense")]
+        samples, failures = asks.sample(search.label(key), configs, 3)
+        assert list(samples) == configs[:2] and all(len(found) == 3 and min(found) > 0 for found in samples.values())
+        assert list(failures) == configs[2:] and failures[configs[2]].status == "crashes"
+        assert "interleaved" in asks.methods[search.label(key), default]
+        more, _ = asks.sample(search.label(key), configs[:1], 100, 1e-9)
+        assert len(more[default]) == 1
+    assert asks.launches == len(keys) * (2 * 3 + 1)
+    for key in keys:
+        asks.close(search.label(key))
+    assert local._service._session._race is None and local._service._session._keys == {}
+
+
+# --- the journal -----------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_keeps_answers_of_the_same_run_only(tmp_path):
+    path = journal.journal_path(tmp_path / "x.json")
+    with_two = journal.Journal(path, "one")
+    with_two.put("samples", "a", [1])
+    with_two.put("proved", "b", {"status": "ok"})
+    with_two.close()
+    again = journal.Journal(path, "one")
+    assert (again.get("samples", "a"), again.get("proved", "b"), again.get("proved", "a")) == ([1], {"status": "ok"}, None)
+    assert again.count("samples") == 1
+    assert journal.Journal(path, "two").get("samples", "a") is None
+    assert path.exists()
+    other = journal.Journal(path, "two")
+    other.put("samples", "c", [3])
+    other.close()
+    assert journal.Journal(path, "one").get("samples", "a") is None
+    other.remove()
+    assert not path.exists()
+
+
+def test_a_line_that_was_cut_off_is_no_error_and_is_gone_afterwards(tmp_path, recwarn):
+    path = journal.journal_path(tmp_path / "x.json")
+    first = journal.Journal(path, "one")
+    first.put("samples", "a", [1])
+    first.put("samples", "b", [2, 3])
+    first.close()
+    for cut in range(1, len(path.read_bytes().splitlines()[-1]) + 1):
+        path.write_bytes(path.read_bytes()[:-1])
+        found = journal.Journal(path, "one")
+        assert (found.get("samples", "a"), found.get("samples", "b")) == ([1], None), cut
+    path.write_bytes(path.read_bytes() + b'["samples","b",[')
+    found = journal.Journal(path, "one")
+    found.put("samples", "c", [4])
+    found.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == [["samples", "a", [1]], ["samples", "c", [4]]]
+    assert not recwarn
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"schema": 2}\n', "\xff\n"])
+def test_what_is_no_journal_is_said_and_done_again(tmp_path, text):
+    path = tmp_path / ".x.search.0.jsonl"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.warns(UserWarning, match="done again"):
+        journal.Journal(path, "one").put("samples", "a", [1])
+    assert journal.Journal(path, "one").get("samples", "a") == [1]
+
+
+def test_the_journals_of_all_processes_are_read_and_removed_and_nobody_elses(tmp_path):
+    output = tmp_path / "x[1].json"
+    paths = [journal.journal_path(output, rank) for rank in range(3)]
+    for rank, path in enumerate(paths):
+        one = journal.Journal(path, "one")
+        one.put("samples", f"of {rank}", rank)
+        one.close()
+    others = [journal.journal_path(tmp_path / name) for name in ("x1.json", "x[1].search.json", "x.json")]
+    for path in others:
+        other = journal.Journal(path, "one")
+        other.put("samples", "of another", 1)
+        other.close()
+    found = journal.Journal(paths[1], "one", ranks=2)
+    assert [found.get("samples", f"of {rank}") for rank in range(3)] == [0, 1, 2]
+    assert found.get("samples", "of another") is None
+    # rank 0 of two may have begun already
+    assert journal.Journal(paths[1], "one", fresh=True, ranks=2).count("samples") == 0
+    assert [path.exists() for path in paths] == [True, False, False]
+    found.remove()
+    assert not any(path.exists() for path in paths) and all(path.exists() for path in others)
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
@@ -146,9 +253,10 @@ def fake_proof(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """A search with a stand-in for the oracle, small plans and no compiler; the file lies where lookups find it."""
+    plan = strategies.Plan(first_rounds=2, refinements=1, contenders=2, contender_rounds=2, doubts=0)
     monkeypatch.setattr(proof, "check", fake_proof)
     monkeypatch.setattr(space, "cpp_compiler", lambda: None)
-    monkeypatch.setitem(search._PLANS, ("cpu", "quick"), search.Plan(2, 5, 50.0, 0.1, 0.1))
+    monkeypatch.setitem(search._PLANS, ("cpu", "quick"), search.Plan(plan, 2, 7, 50.0))
     monkeypatch.setenv("COORDROUTE_CONFIG_DIR", str(tmp_path))
     monkeypatch.setattr(store, "_said", set())
     store.reload()
@@ -156,53 +264,118 @@ def quick(monkeypatch, tmp_path):
     store.reload()
 
 
+def run(**more) -> dict:
+    return search.run("cpu", workers=0, **{"groups": SMALL, "seconds": 1000.0} | more)
+
+
+@pytest.fixture
+def speeds(monkeypatch):
+    """Microseconds of a sample by rows_per_program; every configuration that was timed, in order, is noted."""
+    known: dict[int, float] = {}
+    noted: list[tuple[str, LaunchConfig, int]] = []
+
+    def sample(self, name, configs, rounds, seconds=None):
+        noted.extend((name, config, rounds) for config in configs)
+        made = {config: [known.get(config.rows_per_program, 10.0)] * rounds for config in configs}
+        return {config: found for config, found in made.items() if found[0] > 0}, {
+            config: worker.Failure("hangs", "for ever") for config, found in made.items() if found[0] <= 0
+        }
+
+    monkeypatch.setattr(timer.Timer, "sample", sample)
+    return known, noted
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Sets the candidates of every key: the default with other rows_per_program."""
+
+    def call(*counts: int) -> None:
+        def found(key, backend, effort):
+            default = kernel_config.heuristic(key, backend)
+            return [default, *(replace(default, rows_per_program=count) for count in counts)]
+
+        monkeypatch.setattr(space, "candidates", found)
+
+    return call
+
+
+def chosen(result: dict) -> list[int | None]:
+    return [key["config"] and key["config"]["rows_per_program"] for key in result["keys"]]
+
+
 def test_a_search_writes_what_lookups_then_find(quick):
-    seen = []
-    result = search.run("cpu", groups=SMALL, progress=lambda *report: seen.append(report))
+    seen, states = [], []
+    result = run(progress=lambda *report: seen.append(report), watch=states.append)
     json.dumps(result)
-    assert result["file"] == quick.name and not search.state_path(quick).exists()
-    assert len(result["keys"]) == 4 and result["dropped"] == {}
+    assert result["file"] == quick.name and not journal.siblings(journal.journal_path(quick))
+    assert len(result["keys"]) == 4 and result["dropped"] == {} and result["launches"] > 0
     for made in result["keys"]:
         key = Key(**made["key"])
         assert store.lookup(CPU, key) == LaunchConfig.from_json(made["config"])
         assert made["timing"]["default_us"] > 0
         assert made["gain"] == pytest.approx(made["timing"]["default_us"] / made["timing"]["median_us"], rel=1e-3)
-        assert {candidate["status"] for candidate in made["candidates"]} <= {"timed", "slower"}
+        assert {candidate["status"] for candidate in made["candidates"]} == {"timed"}
+        told = [state.state for state in states if state.key == key]
+        assert told[0] == "searching" and "proving" in told and told[-1] in ("tuned", "default")
     explanation = store.explain("cpu", *key)
     assert explanation.exact and explanation.path == quick
     assert [report[0] for report in seen] == [seen[0][0]] * len(seen)
     assert seen[-1][1] == seen[-1][0] and [report[1] for report in seen] == sorted(report[1] for report in seen)
 
 
-def test_an_interrupted_search_keeps_what_is_finished_and_goes_on(quick):
-    def interrupts(total, done, text, left):
-        if text.startswith("timing coordinate_descent"):
+def interrupted(text: str, **more) -> None:
+    def interrupts(total, done, said, left):
+        if said.startswith(text):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search.run("cpu", groups=SMALL, progress=interrupts)
+        run(progress=interrupts, **more)
+
+
+def test_an_interrupted_search_keeps_what_is_finished_and_goes_on(quick):
+    interrupted("searched coordinate_descent forward")
     assert len(store.read(quick).entries) == 2
-    assert search.state_path(quick).exists()
+    assert journal.journal_path(quick).exists()
     texts: list[str] = []
-    result = search.run("cpu", groups=SMALL, progress=lambda total, done, text, left: texts.append(text))
+    result = run(progress=lambda total, done, text, left: texts.append(text))
     assert not any("soft_topk" in text for text in texts)
+    assert next(text for text in texts if text.startswith("timing")) == "timing coordinate_descent backward float32 4x16"
     assert result["resumed"] == 2 and len(result["keys"]) == 4 and len(store.read(quick).entries) == 4
-    assert not search.state_path(quick).exists()
+    assert not journal.journal_path(quick).exists()
+
+
+def test_nothing_that_was_measured_is_measured_again(quick, speeds, rows):
+    _, noted = speeds
+    rows(1, 2)
+    interrupted("tuned coordinate_descent")
+    before = list(noted)
+    noted.clear()
+    run()
+    assert before and noted == []
 
 
 def test_fresh_drops_what_was_finished(quick):
-    def interrupts(total, done, text, left):
-        if text.startswith("timing coordinate_descent"):
-            raise KeyboardInterrupt
+    interrupted("searched coordinate_descent forward")
+    assert run(fresh=True)["resumed"] == 0
 
-    with pytest.raises(KeyboardInterrupt):
-        search.run("cpu", groups=SMALL, progress=interrupts)
-    assert search.run("cpu", groups=SMALL, fresh=True)["resumed"] == 0
+
+def test_a_journal_of_another_effort_kernel_or_device_is_not_gone_on_with(quick, monkeypatch):
+    interrupted("searched coordinate_descent forward")
+    monkeypatch.setattr(search, "kernel_sha256", lambda op, backend: "another")
+    assert run()["resumed"] == 0
+
+
+def test_a_journal_of_more_processes_is_gone_on_with(quick):
+    interrupted("searched coordinate_descent forward")
+    path = journal.journal_path(quick)
+    path.rename(journal.journal_path(quick, 5))
+    assert run()["resumed"] == 2
+    assert not journal.siblings(path)
 
 
 def test_what_was_chosen_before_is_verified_and_timed_again_beside_the_default(quick):
     """After a change of the kernel the stale file says what to look at, and gets fresh proofs; while they hold, all are tried."""
-    search.run("cpu", groups=SMALL[:1])
+    run(groups=SMALL[:1])
     assert store.outdated(quick, "cpu") == {}
     data = json.loads(quick.read_text())
     chosen = replace(LaunchConfig.from_json(data["entries"][0]["config"]), rows_per_program=3)
@@ -210,55 +383,190 @@ def test_what_was_chosen_before_is_verified_and_timed_again_beside_the_default(q
         entry["config"] = chosen.to_json()
         entry["proof"]["kernel_sha256"] = "0" * 64
     quick.write_text(json.dumps(data))
-    for made in search.run("cpu", groups=SMALL[:1])["keys"]:
+    for made in run(groups=SMALL[:1])["keys"]:
         configs = [LaunchConfig.from_json(candidate["config"]) for candidate in made["candidates"]]
         assert len(configs) == 2 and configs[1] == chosen
         assert store.lookup(CPU, Key(**made["key"])) in configs
-    afresh = search.run("cpu", groups=SMALL[:1], fresh=True)["keys"][0]["candidates"]
+    afresh = run(groups=SMALL[:1], fresh=True)["keys"][0]["candidates"]
     assert chosen not in [LaunchConfig.from_json(candidate["config"]) for candidate in afresh]
 
 
-def test_a_state_of_something_else_or_a_broken_one_is_not_gone_on_with(quick, tmp_path):
-    path = tmp_path / "state.json"
-    search.State(path, "one", {"group": {}}).write()
-    assert search.State.open(path, "one", False).groups == {"group": {}}
-    assert search.State.open(path, "two", False).groups == {}
-    path.write_text("{")
-    with pytest.warns(UserWarning, match="begins anew"):
-        assert search.State.open(path, "one", False).groups == {}
+def test_the_fastest_is_taken_where_its_proof_holds_and_else_the_next(quick, speeds, rows, monkeypatch):
+    known, _ = speeds
+    rows(1, 2, 3)
+    known |= {1: 5.0, 2: 6.0, 3: 7.0}
+    assert chosen(run()) == [1] * 4
 
-
-def test_a_wrong_candidate_is_dropped_and_counted(quick, monkeypatch):
     def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
-        wrong = forward.num_threads == 1
+        wrong = forward.rows_per_program == 1 or backward.rows_per_program in (1, 2)
         return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, n, forward, backward, None)
 
-    original = space.candidates
-    monkeypatch.setattr(space, "candidates", lambda key, *a: [*original(key, *a)[:1], replace(original(key, *a)[0], num_threads=1)])
     monkeypatch.setattr(proof, "check", check)
-    result = search.run("cpu", groups=SMALL[:1])
-    assert result["dropped"] == {"wrong": 1}
-    assert result["keys"][0]["candidates"][1]["reason"] == "off"
+    result = run(groups=SMALL[:1], fresh=True)
+    assert chosen(result) == [2, 3]
+    assert result["dropped"] == {"wrong": 3}
+    assert [(one["status"], one["reason"]) for one in result["keys"][1]["candidates"][1:]] == [("wrong", "off")] * 2 + [
+        ("timed", "")
+    ]
 
 
-def test_when_the_default_itself_is_wrong_nothing_is_written(quick, monkeypatch):
+def test_each_right_and_wrong_together_is_nobodys_fault_alone(quick, speeds, rows, monkeypatch):
+    """Both are dropped: the pair cannot be shipped, and which of them is to blame is not known."""
+    known, _ = speeds
+    rows(1, 2)
+    known |= {1: 5.0, 2: 6.0}
+
+    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
+        wrong = forward.rows_per_program == backward.rows_per_program == 1
+        return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, n, forward, backward, None)
+
+    monkeypatch.setattr(proof, "check", check)
+    result = run(groups=SMALL[:1])
+    assert chosen(result) == [2, 2] and result["dropped"] == {"wrong": 2}
+
+
+def test_where_all_of_one_direction_are_wrong_the_other_keeps_its_own(quick, speeds, rows, monkeypatch):
+    known, _ = speeds
+    rows(1, 2, 3, 4, 5, 6)
+    known |= {count: 4.0 + count / 10 for count in range(1, 7)}
+
+    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
+        wrong = backward.rows_per_program < 7
+        return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, n, forward, backward, None)
+
+    monkeypatch.setattr(proof, "check", check)
+    result = run(groups=SMALL[:1])
+    assert chosen(result)[0] == 1 and chosen(result)[1] > 6
+    assert result["keys"][1]["gain"] == 1.0
+
+
+def test_a_proof_that_fails_beside_other_segments_and_a_last_race_that_fails_are_told(quick, rows, monkeypatch):
+    """What is raced at last may be a configuration that was never timed: of another number of segments."""
+    rows(1, 2)
+
+    def sample(self, name, configs, rounds, seconds=None):
+        fails = [config for config in configs if rounds == 7 and config.rows_per_program == 2]
+        speed = {1: 5.0, 2: 6.0}
+        samples = {
+            config: [speed.get(config.rows_per_program, 10.0) - 2 * (config.checkpoint_segments == 4)] * rounds
+            for config in configs
+            if config not in fails
+        }
+        return samples, {config: worker.Failure("hangs", "at last") for config in fails}
+
+    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
+        wrong = forward.rows_per_program == 1
+        return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, n, forward, backward, None)
+
+    monkeypatch.setattr(timer.Timer, "sample", sample)
+    monkeypatch.setattr(proof, "check", check)
+    result = run(groups=SMALL[1:])
+    assert result["dropped"] == {"wrong": 1, "hangs": 1}
+    found = {
+        (one["config"]["rows_per_program"], one["config"]["checkpoint_segments"]): one["status"]
+        for one in result["keys"][0]["candidates"]
+    }
+    assert found[1, 4] == "wrong" and found[2, 4] == "hangs" and found[1, 20] == found[2, 20] == "timed"
+    # forward and backward agree on the segments, so that both stay as they were
+    assert all(Key(**key["key"]) and key["gain"] == 1.0 and key["config"]["checkpoint_segments"] == 20 for key in result["keys"])
+
+
+def test_fewer_segments_are_taken_where_both_directions_together_gain(quick, rows, monkeypatch):
+    rows()
+
+    def sample(self, name, configs, rounds, seconds=None):
+        faster = {"forward": 10.2, "backward": 6.0}[name.split()[1]]
+        return {config: [faster if config.checkpoint_segments == 4 else 10.0] * rounds for config in configs}, {}
+
+    monkeypatch.setattr(timer.Timer, "sample", sample)
+    result = run(groups=SMALL[1:])
+    assert [key["config"]["checkpoint_segments"] for key in result["keys"]] == [4, 4]
+
+
+def test_one_of_equal_binaries_is_timed_and_its_failure_is_that_of_all(quick, speeds, rows, monkeypatch):
+    known, noted = speeds
+    rows(1, 2, 3, 4)
+    known |= {1: -1.0, 3: 5.0, 4: 6.0}
+
+    def compile(self, track, config, priority):
+        found: Future[Compiled] = Future()
+        same = {1: "a", 2: "a", 3: "b", 4: "b"}.get(config.rows_per_program, "default")
+        found.set_result(Compiled("ok", registers=32, spills=0, occupancy=0.5, identity=same))
+        return found
+
+    monkeypatch.setattr(search._Search, "compile", compile)
+    result = run(groups=SMALL[:1])
+    for key in result["keys"]:
+        _, one, two, three, four = key["candidates"]
+        assert one["status"] == two["status"] == "hangs" and two["reason"] == "for ever"
+        assert two["same_as"] == one["config"] and four["same_as"] == three["config"]
+        assert four["median_us"] == three["median_us"] == 5.0
+    assert result["dropped"] == {"hangs": 4}
+    timed = [config.rows_per_program for name, config, _ in noted if " forward " in name]
+    assert timed.count(1) == 1 and 2 not in timed and 4 not in timed
+    assert chosen(result) == [3, 3]
+
+
+def test_a_candidate_that_does_not_compile_or_spills_is_not_timed(quick, speeds, rows, monkeypatch):
+    known, noted = speeds
+    rows(1, 2, 3)
+    known |= {3: 5.0}
+
+    def compile(self, track, config, priority):
+        found: Future[Compiled] = Future()
+        made = {1: Compiled("does not compile", "too large"), 2: Compiled("spills", "9 spilled", 255, 9, 0, 0.25)}
+        found.set_result(made.get(config.rows_per_program, Compiled("ok")))
+        return found
+
+    monkeypatch.setattr(search._Search, "compile", compile)
+    result = run(groups=SMALL[:1])
+    assert result["dropped"] == {"does not compile": 2, "spills": 2}
+    assert {config.rows_per_program for _, config, _ in noted} & {1, 2} == set()
+    assert chosen(result) == [3, 3]
+
+
+def test_when_the_default_itself_is_wrong_and_nothing_else_is_right_nothing_is_written(quick, monkeypatch):
     monkeypatch.setattr(proof, "check", lambda *a: proof.Checked(None, "off"))
-    result = search.run("cpu", groups=SMALL[:1])
+    result = run(groups=SMALL[:1])
     assert not quick.exists() and result["geometric_mean_gain"] is None
     assert [key["config"] for key in result["keys"]] == [None, None]
+    assert all(key["candidates"][0]["status"] == "wrong" for key in result["keys"])
+
+
+def test_a_default_is_proved_before_it_is_shipped_after_all(quick, rows, monkeypatch):
+    """In the search the other one was surely faster, in the last race it is not."""
+    rows(1)
+    proved = []
+
+    def check(op, device, dtype, n, forward, backward, *rest):
+        proved.append((forward.rows_per_program, backward.rows_per_program))
+        return fake_proof(op, device, dtype, n, forward, backward, None)
+
+    def sample(self, name, configs, rounds, seconds=None):
+        slow = rounds == 7 and " backward " in name
+        return {config: [5.0 if config.rows_per_program == 1 and not slow else 10.0] * rounds for config in configs}, {}
+
+    monkeypatch.setattr(proof, "check", check)
+    monkeypatch.setattr(timer.Timer, "sample", sample)
+    default = kernel_config.heuristic(SMALL[0].key("forward"), "cpu").rows_per_program
+    assert chosen(run(groups=SMALL[:1])) == [1, default]
+    assert proved == [(1, 1), (default, default)]
 
 
 def test_a_search_ends_when_its_time_is_up(quick):
-    result = search.run("cpu", groups=SMALL, seconds=0.0)
+    result = run(seconds=0.0)
     assert result["keys"] == [] and result["dropped"] == {"keys left out: out of time": 4}
 
 
 def test_never_slower_than_the_default(quick, monkeypatch):
     """The default stays where another candidate is not surely faster."""
-    flat = timing.Timed([1.0, 1.1, 1.2, 1.3, 1.4], "test")
-    monkeypatch.setattr(timing, "race", lambda works, *a, **k: [flat] * len(works))
-    result = search.run("cpu", groups=SMALL[:1])
-    for made in result["keys"]:
+    flat = [1.0, 1.1, 1.2, 1.3, 1.4]
+
+    def sample(self, name, configs, rounds, seconds=None):
+        return {config: (flat * rounds)[i : rounds + i] for i, config in enumerate(configs)}, {}
+
+    monkeypatch.setattr(timer.Timer, "sample", sample)
+    for made in run(groups=SMALL[:1])["keys"]:
         assert made["gain"] == 1.0
         assert LaunchConfig.from_json(made["config"]) == kernel_config.heuristic(Key(**made["key"]), "cpu")
 
@@ -286,7 +594,7 @@ def test_describing_a_device():
 
 def test_the_benchmark_measures_the_tuned_operators(quick, monkeypatch):
     """In a process in which nobody has imported the front door, too."""
-    search.run("cpu", groups=[Group("soft_topk", "float32", 4, 16)])
+    run(groups=SMALL[:1])
     asked = []
     monkeypatch.setattr(kernel_config, "_lookup", kernel_config._nothing_tuned)
     monkeypatch.setattr(store, "lookup", lambda device, key: asked.append(key))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from coordroute import cli, coordinate_descent, soft_topk
-from coordroute.autotune import benchmark, sanitize, search, space, store, targets, worker
+from coordroute.autotune import benchmark, crew, journal, sanitize, search, space, store, targets, worker
 from coordroute.autotune import device as devices
 from coordroute.autotune.fingerprint import kernel_sha256
 from coordroute.kernels import config as kernel_config
@@ -25,7 +25,7 @@ from coordroute.kernels.config import Key, LaunchConfig
 from coordroute.reference import others, verify
 
 CPU = torch.device("cpu")
-COMMANDS = ("autotune", "verify", "benchmark", "sanitize", "replay", "report", "configs", "env")
+COMMANDS = ("autotune", "verify", "benchmark", "sanitize", "exhaust", "replay", "report", "configs", "env")
 
 
 @pytest.fixture(autouse=True)
@@ -299,9 +299,10 @@ def evidence(*keys: dict, **changes: object) -> dict:
 def test_autotune_shows_what_was_tuned_and_how_to_see_what_serves(run, monkeypatch):
     asked = {}
 
-    def fake(device, effort, output, fresh, progress):
+    def fake(device, effort, output, fresh, progress, *, watch, crew):
         asked.update(device=device, effort=effort, output=output, fresh=fresh)
-        progress(4, 1, "verified something", 12.0)
+        progress(4, 1, "timing something", 12.0)
+        watch(search.KeyStatus(Key(**tuned()["key"]), "tuned", 40.0, 1.25))
         return evidence(tuned(), tuned("backward"), resumed=2)
 
     monkeypatch.setattr(search, "run", fake)
@@ -309,14 +310,16 @@ def test_autotune_shows_what_was_tuned_and_how_to_see_what_serves(run, monkeypat
     path = store.output_path("cpu")
     assert asked == {"device": CPU, "effort": "full", "output": path, "fresh": True}
     assert status == 0
-    assert err == "coordroute autotune: 1/4, verified something, about 12 s left\n"
+    assert err == "coordroute autotune: 1/4, timing something, about 12 s left\n"
     row = next(line for line in out.splitlines() if line.startswith("forward"))
     assert row.split() == ["forward", "float32", "256x512", "50.00", "40.00", "1.25x", "eager", "rows=64", "segments=4"]
     assert f"Wrote 2 entries: {path}\n" in out
     assert "Of these keys 2 are from the interrupted run before." in out
     assert "coordroute configs --device cpu --explain 256x512 --dtype float32" in out
     assert "do not search there" not in out
-    assert json.loads(Path("deep/evidence.json").read_text()) == evidence(tuned(), tuned("backward"), resumed=2)
+    written = json.loads(Path("deep/evidence.json").read_text())
+    assert written.pop("lookup") is not None
+    assert written == evidence(tuned(), tuned("backward"), resumed=2)
 
 
 def test_autotune_says_what_was_dropped_and_why_and_that_lookups_do_not_see_the_file(run, monkeypatch):
@@ -324,7 +327,7 @@ def test_autotune_says_what_was_dropped_and_why_and_that_lookups_do_not_see_the_
     found = evidence(
         tuned(candidates=[wrong]), tuned("backward", config=None, timing=None, gain=None), dropped={"wrong": 3, "keys left out": 2}
     )
-    monkeypatch.setattr(search, "run", lambda *rest: found)
+    monkeypatch.setattr(search, "run", lambda *rest, **more: found)
     status, out, _ = run("autotune", "--device", "cpu", "--output", "mine/x.json")
     assert status == 1  # a default that failed its check
     assert "  3 x wrong; e.g. coordinate_descent forward float32 256x512, eager rows=64 segments=4: values: FAILS\n" in out
@@ -335,7 +338,7 @@ def test_autotune_says_what_was_dropped_and_why_and_that_lookups_do_not_see_the_
 
 
 def test_autotune_that_tunes_nothing_has_failed(run, monkeypatch):
-    monkeypatch.setattr(search, "run", lambda *rest: evidence())
+    monkeypatch.setattr(search, "run", lambda *rest, **more: evidence())
     status, out, _ = run("autotune", "--device", "cpu")
     assert status == 1 and "Nothing was tuned" in out
 
@@ -349,7 +352,7 @@ def test_autotune_that_tunes_nothing_has_failed(run, monkeypatch):
     ],
 )
 def test_a_machine_that_does_not_play_along_is_a_message(run, monkeypatch, error, status, parts):
-    def fails(*rest):
+    def fails(*rest, **more):
         raise error
 
     monkeypatch.setattr(search, "run", fails)
@@ -361,17 +364,20 @@ def test_a_machine_that_does_not_play_along_is_a_message(run, monkeypatch, error
 def test_interrupted_autotune_says_what_was_kept_and_how_to_go_on(run, monkeypatch):
     output = Path("a b/x.json")
 
-    def interrupted(device, effort, path, fresh, progress):
-        state = search.State(search.state_path(path), "fingerprint")
-        state.groups["one"] = {"keys": [tuned(), tuned("backward")]}
-        state.outcomes["task"] = {"status": "ok"}
-        state.write()
+    def interrupted(device, effort, path, fresh, progress, **more):
+        kept = journal.Journal(journal.journal_path(path), "fingerprint")
+        kept.put("samples", "one 0", {})
+        kept.put("compiled", "one", [])
+        kept.put("proved", "one", [])
+        kept.put("final", "one", {})
+        kept.put("group", "one", [tuned(), tuned("backward")])
+        kept.close()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(search, "run", interrupted)
     status, out, err = run("autotune", "--device", "cpu", "--effort", "full", "--fresh", "--output", output)
     assert (status, out) == (130, "")
-    assert "kept 2 tuned keys (in a b/x.json) and 1 verified candidate (in a b/.x.search.json)" in err
+    assert "kept 2 tuned keys (in a b/x.json) and 3 measurements (in a b/.x.search.0.jsonl)" in err
     # --fresh would throw away what was kept
     assert err.endswith("run it again without --fresh: coordroute autotune --device cpu --effort full --output 'a b/x.json'\n")
 
@@ -379,14 +385,14 @@ def test_interrupted_autotune_says_what_was_kept_and_how_to_go_on(run, monkeypat
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be sent SIGINT there")
 def test_ctrl_c_ends_autotune_without_a_traceback_and_the_work_is_kept(tmp_path):
     output = tmp_path / "tuned.json"
-    state = search.state_path(output)
+    path = journal.journal_path(output)
     # a shell that runs the tests in the background has SIGINT ignored, which a process inherits
     heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     argv = command("autotune", "--device", "cpu", "--output", output, code=heeds)
     running = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
     try:
         until = time.monotonic() + 120
-        while not state.exists() and running.poll() is None and time.monotonic() < until:
+        while not path.exists() and running.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=120)
@@ -398,9 +404,73 @@ def test_ctrl_c_ends_autotune_without_a_traceback_and_the_work_is_kept(tmp_path)
     lines = err.splitlines()
     assert lines[0].startswith("coordroute autotune: 0/")
     assert lines[-1].endswith(f"the same command goes on from there: coordroute autotune --device cpu --output {output}")
-    kept = json.loads(state.read_text())
-    assert len(kept["outcomes"]) >= 1
-    assert f"{len(kept['outcomes'])} verified candidate" in lines[-1] and f"(in {state})" in lines[-1]
+    measured = [json.loads(line)[0] for line in path.read_text().splitlines()[1:]]
+    count = sum(kind in ("samples", "proved", "final") for kind in measured)
+    assert count >= 1
+    assert f"{count} measurement" in lines[-1] and f"(in {path})" in lines[-1]
+
+
+def test_nothing_is_said_to_be_kept_where_nothing_was_measured(run, monkeypatch):
+    def interrupted(*rest, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "run", interrupted)
+    status, _, err = run("autotune", "--device", "cpu")
+    assert status == 130 and "nothing was measured yet" in err
+
+
+def test_in_a_terminal_the_latest_keys_stand_above_the_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    key = Key("soft_topk", "forward", "float32", 4, 64)
+    with cli._KeyTable("prog") as table:
+        for state, best, gain in (("searching", None, None), ("tuned", 12.5, 1.25)):
+            table.shown = -1.0
+            table.watch(search.KeyStatus(key, state, best, gain))
+        for rows in range(table.LATEST):
+            table.watch(search.KeyStatus(key._replace(rows=16 + rows), "searching"))
+        table.watch(search.KeyStatus(key, "tuned", 12.5, 1.25))
+        table.shown = -1.0
+        table(8, 3, "timing [something]", 30.0)
+    shown = terminal.getvalue()
+    assert "soft_topk forward float32 4x64" in shown and "12.50" in shown and "1.25x" in shown
+    assert "3/8" in shown and "about 30 s left" in shown and "timing [something]" in shown
+    last = shown[shown.rindex("gain") :]
+    assert "4x64" in last and "17x64" in last and " 16x64" not in last
+
+
+def test_under_torchrun_only_the_first_process_reports(run, monkeypatch):
+    """The others take part and are silent."""
+    asked = []
+
+    class Member:
+        local_rank = 1
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *rest):
+            pass
+
+    def fake(*rest, **more):
+        asked.append((rest, more))
+        return evidence(tuned())
+
+    monkeypatch.setattr(search, "run", fake)
+    for rank in (1, 0):
+        monkeypatch.setattr(crew.Crew, "from_environment", lambda rank=rank: Member(rank))
+        status, out, err = run("autotune", "--device", "cpu")
+        assert (status, err) == (0, "") and bool(out) == (rank == 0)
+    assert [more["crew"].rank for _, more in asked] == [1, 0] and "watch" not in asked[0][1]
+    monkeypatch.undo()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    one_line_error(run("autotune", "--device", "cpu"), "coordroute autotune", "torchrun", "WORLD_SIZE is 'two'")
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------

@@ -126,12 +126,12 @@ def test_an_answer_that_breaks_off_is_a_crash():
         assert not asked.alive and asked.starts == starts
 
 
-SAYS = (
-    "import sys\nprint('{\"ready\": true}', flush=True)\nfor line in sys.stdin: sys.stdout.write(line); sys.stdout.flush()"
+SAYS = "import sys\nprint('{\"ready\": true}', flush=True)\nfor line in sys.stdin: sys.stdout.write(line); sys.stdout.flush()"
+
+
+@pytest.mark.parametrize(
+    "text", ["AcceleratorError: no", "CUDA error: an illegal memory access", "Triton Error [CUDA]: an illegal"]
 )
-
-
-@pytest.mark.parametrize("text", ["AcceleratorError: no", "CUDA error: an illegal memory access", "Triton Error [CUDA]: an illegal"])
 def test_a_process_that_is_poisoned_is_replaced_whatever_it_answered(text):
     asked = worker.Worker("cpu", program=(sys.executable, "-c", SAYS))
     right = {"status": "ok", "reason": "", "samples": [[1.0], {"failed": "crashes", "reason": "ValueError: no"}]}
@@ -179,7 +179,7 @@ def test_a_pool_that_is_left_leaves_no_process_behind(monkeypatch):
 @pytest.mark.parametrize("during", ["add", "round"])
 def test_each_fault_costs_one_candidate(quick, spec, monkeypatch, during):
     faults = [{"direction": "forward", "rows": rows, "kind": kind, "during": [during]} for rows, kind in KINDS.items()]
-    program = spec(*faults, costs={"7": 1, "else": 3})
+    program = spec(*faults, costs={"7": 1.0, "else": 3.0})
     result = run(quick, monkeypatch, program, candidates=(1, 2, 3, 7, 4, 5, 6))
     assert statuses(result) == STATUS
     assert statuses(result, "backward") == dict.fromkeys(STATUS, "timed")
@@ -200,7 +200,7 @@ def test_a_fault_that_comes_late_costs_one_candidate_too(quick, spec, monkeypatc
     assert None not in rows_of(result).values()
 
 
-COSTS = {"1": 0.5, "2": 1.0, "3": 1.5, "else": 4.0}
+COSTS = {"1": 1.0, "2": 1.5, "3": 2.0, "else": 4.0}
 
 
 def test_what_fails_its_proof_is_not_shipped_and_the_next_best_is(quick, spec, monkeypatch):
@@ -309,7 +309,7 @@ def measured(requests: list[dict]) -> int:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_that_is_killed_goes_on_and_repeats_one_measurement_at_most(quick, spec, asked, monkeypatch, tmp_path, seed):
     groups = GROUPS[:2]
-    program = spec(costs=COSTS | {"else": 6.0}, groups=groups, output=str(quick))
+    program = spec(costs=COSTS, groups=groups, output=str(quick))
     path = journal.journal_path(quick)
     at = random.Random(seed).randrange(1, 14)
     running = begin(program, tmp_path / "one")
@@ -350,7 +350,7 @@ def port():
 
 @pytest.mark.parametrize("victim", [None, 0, 1])
 def test_two_processes_share_a_run_and_one_may_die(quick, spec, asked, tmp_path, port, victim):
-    costs = {"1": 2.0, "else": 8.0}
+    costs = {"1": 2.0, "else": 40.0}
     more = {"groups": GROUPS, "output": str(quick)}
     programs = [spec(costs=costs, name=f"rank{rank}", crew=(rank, port, f"victim {victim}"), **more) for rank in (0, 1)]
     running = [begin(program, tmp_path / f"rank{rank}") for rank, program in enumerate(programs)]
