@@ -862,17 +862,22 @@ def _autotune(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _crew() -> Iterator[Any]:
     """The processes that torchrun started beside this one, or None."""
-    from .autotune.crew import Crew
+    from .autotune.crew import Crew, CrewError
 
     try:
         crew = Crew.from_environment()
-    except (ValueError, RuntimeError) as error:
-        raise Problem(f"the other processes of torchrun: {_one_line(error)}") from error
+    except ValueError as error:
+        raise Problem(f"the environment of torchrun: {_one_line(error)}") from error
+    except CrewError as error:
+        raise Problem(f"the other processes of torchrun: {_one_line(error)}", CHECK_FAILED) from error
     if crew is None:
         yield None
         return
-    with crew:
-        yield crew
+    try:
+        with crew:
+            yield crew
+    except CrewError as error:
+        raise Problem(f"the other processes of torchrun: {_one_line(error)}", CHECK_FAILED) from error
 
 
 def _own_device(arguments: argparse.Namespace, device: torch.device, crew: Any) -> torch.device:

@@ -62,6 +62,10 @@ DONE = "done"
 T = TypeVar("T")
 
 
+class CrewError(RuntimeError):
+    """The processes of a run cannot go on together; the message says why in one sentence."""
+
+
 @dataclass
 class _Pulse:
     """What was seen of another process: its counter, when that last moved, and when it was last looked at."""
@@ -77,7 +81,7 @@ class Crew:
     One thread of this process does all the talking with the store: a client of the store takes one question at a time
     and has no time limit of its own for most of them, and the counter has to move while the process is at work.
 
-    Every method that asks the store raises RuntimeError, in one sentence, if the store is gone or does not answer.
+    Every method that asks the store raises CrewError, in one sentence, if the store is gone or does not answer.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -112,10 +116,10 @@ class Crew:
             timeout: seconds until a store that does not answer is given up.
 
         Raises:
-            RuntimeError: this torch has no ``torch.distributed``, or there is no store within ``timeout``.
+            CrewError: this torch has no ``torch.distributed``, or there is no store within ``timeout``.
         """
         if not torch.distributed.is_available():
-            raise RuntimeError(
+            raise CrewError(
                 "this torch is built without torch.distributed, so that processes cannot share a run; start one process"
             )
         self.rank = rank
@@ -159,7 +163,7 @@ class Crew:
 
         Raises:
             ValueError: a variable is missing or has a value that is not allowed.
-            RuntimeError: as for the class.
+            CrewError: as for the class.
         """
         if "RANK" not in environment or "WORLD_SIZE" not in environment:
             return None
@@ -205,12 +209,12 @@ class Crew:
             text: the text; of two JSON objects the error names the fields that differ.
 
         Raises:
-            RuntimeError: another process came first with another text.
+            CrewError: another process came first with another text.
         """
         mine = f"{self.rank}:{text}"
         first, _, theirs = self._compare_set(f"agree/{name}", "", mine).partition(":")
         if theirs != text:
-            raise RuntimeError(
+            raise CrewError(
                 f"rank {self.rank} and rank {first} of this run differ in {name}: {_difference(text, theirs, first)}; "
                 "the processes of a run must agree"
             )
@@ -227,10 +231,10 @@ class Crew:
             The item, which is to be finished before the next one is claimed; None once all are finished.
 
         Raises:
-            RuntimeError: this process holds an item already.
+            CrewError: this process holds an item already.
         """
         if self._held is not None:
-            raise RuntimeError(f"rank {self.rank} holds item {self._held}; it must finish that before it claims another one")
+            raise CrewError(f"rank {self.rank} holds item {self._held}; it must finish that before it claims another one")
         while True:
             for item in range(count):
                 if item not in self._finished and self._take(item):
@@ -269,12 +273,12 @@ class Crew:
             count: the number of items.
 
         Raises:
-            RuntimeError: some items are not finished yet.
+            CrewError: some items are not finished yet.
         """
         keys = [f"result/{item}" for item in range(count)]
         missing = [item for item, key in enumerate(keys) if item not in self._finished and not self._has(key)]
         if missing:
-            raise RuntimeError(f"{len(missing)} of {count} items are not finished yet, the first of them is item {missing[0]}")
+            raise CrewError(f"{len(missing)} of {count} items are not finished yet, the first of them is item {missing[0]}")
         return [self._get(key) for key in keys]
 
     def close(self) -> None:
@@ -346,9 +350,9 @@ class Crew:
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         if self._closed:
-            raise RuntimeError(f"rank {self.rank} has left its tuning run")
+            raise CrewError(f"rank {self.rank} has left its tuning run")
         if self._lost is not None:
-            raise RuntimeError(self._lost)
+            raise CrewError(self._lost)
         answer: Future[T] = Future()
         self._questions.put((question, answer))
         return self._answer(answer, "lost", self._timeout)
@@ -361,7 +365,7 @@ class Crew:
         except RuntimeError as error:  # all errors of the store are
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         self._lost = f"rank {self.rank} {what} the store of its tuning run at {self._host}:{self._port} ({reason})"
-        raise RuntimeError(self._lost)
+        raise CrewError(self._lost)
 
     def _talk(self, opened: Future[None]) -> None:
         """The thread: answers questions, and moves the counter in between."""
