@@ -166,6 +166,7 @@ class Ratios:
             if samples is None:
                 self.failed.add(config)
                 self.times.pop(config, None)
+                self.bases.pop(config, None)
             else:
                 self.times.setdefault(config, []).extend(samples)
                 self.bases.setdefault(config, []).extend(pivot)
@@ -192,8 +193,12 @@ class Ratios:
         taken = preferred(figures, self.default, hints, tie)[0]
         found = [best]
         for config in figures:
-            least, most = self.interval(config)
-            if config != best and least <= tie * figures[best] <= most:
+            if config == best:
+                continue
+            least, most = self.interval(best if config == self.default else config)
+            # the default's own ratio is 1 without a doubt: that of the best says how far it is away
+            limit = 1 / tie if config == self.default else tie * figures[best]
+            if least <= limit <= most:
                 # would it be taken, if it were within the tie?
                 pair = {config: 1.0, taken: 1.0}
                 if config == taken or preferred(pair, self.default, hints, tie)[0] == config:
