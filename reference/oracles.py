@@ -86,6 +86,8 @@ class Truth:
             threshold that rounding decides whether they are saturated (a kink: the gradient jumps there). 0 without one.
         reach: [R], exp of how far apart the thresholds -a_t of all iterations at eps_T lie, over eps_T: so much larger may a
             weight of coordinate descent be than an exponential that they share. 1 of the exact solver, which has one threshold.
+        mass: [R], the sum of the lam of the exact solver that are not saturated, by which its gradient of k is divided; at least
+            the roundoff, since what is left of a budget beside saturated entries is not known to less, or inf where it is 0.
     """
 
     lam: Array
@@ -101,6 +103,7 @@ class Truth:
     slack_k: Array
     slack_eps: Array
     reach: Array | float = 1.0
+    mass: Array | float = 1.0
 
 
 def _norm(x: Array) -> Array:
@@ -274,6 +277,7 @@ def soft_topk_truth(s: Any, k: Any, eps: Any, mask: Any | None = None, g: Any | 
     return Truth(
         lam, anchor + offset, grad_s + row_nan[:, None], gbar + row_nan, grad_eps + row_nan,
         error_lam, _norm(entry), error_k, error_eps, slack_s, slack_k, slack_eps,
+        mass=np.where(mass > 0, np.maximum(mass, unit), np.inf),
     )  # fmt: skip
 
 

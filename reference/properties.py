@@ -400,8 +400,20 @@ def _bounded(case: Case, inputs: Inputs, truth: Truth, plain: Plain) -> Judged:
 def _underflow(case: Case, inputs: Inputs, truth: Truth, compute: torch.dtype) -> dict[str, Array]:
     """What gradients may lose where a result lies below m, the smallest normal number of the working precision: up to m each.
 
-    Of the exact solver it is lam, of which a gradient is a multiple. Of coordinate descent it is every exponential and product,
-    with G = sum |g|/eps_T, n entries, T iterations and ``truth.reach``:
+    n entries count, and c of them have a g that is not 0.
+
+    Of the exact solver it is every lam, product and sum, with M = ``truth.mass`` and A = sum |g| + n |gbar|:
+
+    - sum lam g loses m |g| by a lam and m each by its product and its addition: m (sum |g| + 2 c).
+    - M itself loses m by a lam: m n, and so gbar a share n m / M of it.
+    - dk = gbar = sum lam g / M: E/M with E = m (A + 2 c), and m by the quotient. M may be small: what a budget leaves beside
+      saturated entries.
+    - ds_i = lam_i (g_i - gbar)/eps loses m |g_i - gbar|/eps by lam_i, m/eps by the product, m by the second product, and
+      lam_i/eps times what gbar and g_i - gbar lose, E/M + 2 m, where the lam add up to M: m (A + n)/eps + m n + (E + 2 m M)/eps.
+    - deps = -sum d_i ds_i/eps, where |d_i| <= eps log(1/m), since lam_i is 0 beyond: log(1/m) times the above, and for every
+      entry m each by the product and the addition, over eps; and m by the quotient.
+
+    Of coordinate descent it is every exponential and product, with G = sum |g|/eps_T, T iterations and ``truth.reach``:
 
     - exp((s - c)/eps_T), which all iterations at eps_T may share, c being any of their thresholds: lam loses m times the reach.
     - A_T, the sum of the gradients at lam: m (2 reach G + n). An iteration hands on the clamped share of it, which is at most 1,
@@ -412,14 +424,20 @@ def _underflow(case: Case, inputs: Inputs, truth: Truth, compute: torch.dtype) -
     """
     tiny = torch.finfo(compute).tiny
     counted = inputs.counted()
+    n = counted.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         eps = np.where(inputs.eps > 0, inputs.eps, 1.0)
         size = np.where(counted, np.abs(inputs.g), 0.0).sum(axis=1)
         if case.op != "coordinate_descent":
-            total = tiny * 2.0 * size
-            return {"grad scores": total / eps, "grad k": total, "grad eps": total * 1e2 / eps}
+            mass, some = np.asarray(truth.mass), (counted & (inputs.g != 0)).sum(axis=1)
+            gbar = np.zeros_like(eps) if truth.grad_k is None else np.abs(np.nan_to_num(truth.grad_k))
+            weights = size + n * gbar
+            handed = weights + 2.0 * some
+            of_scores = (weights + n + handed + 2.0 * np.where(np.isfinite(mass), mass, 0.0)) / eps + n
+            of_eps = -np.log(tiny) * of_scores + 2.0 * n / eps + 1.0
+            return {"grad scores": tiny * of_scores, "grad k": tiny * (handed / mass + 1.0), "grad eps": tiny * of_eps}
         schedule = oracles.eps_schedule(case.n_iters, case.eps, case.eps_init, case.eps_decay)
-        n, steps, k = counted.sum(axis=1), case.n_iters, np.where(inputs.k > 0, inputs.k, np.inf)
+        steps, k = case.n_iters, np.where(inputs.k > 0, inputs.k, np.inf)
         weights = np.asarray(truth.reach) * size / schedule[-1]
         handed = tiny * (2.0 * weights + n + steps)
         of_entries = tiny * steps * np.sqrt(n) * (1.0 + weights * np.maximum(1.0, 1.0 / k))

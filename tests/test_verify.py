@@ -393,6 +393,42 @@ def test_what_a_gpu_flushes_to_0_is_no_fault(flushed):
     assert 100 * tiny < found["grad k"].error[0] < found["grad k"].bound[0], "there is something to allow for"
 
 
+LITTLE_LEFT = verify.Case("soft_topk", n=32, rows=(("fractional k", 2),), eps=0.03, tensor_eps=True, grad="one-hot")
+"""One weight has a gradient, and is no normal number. The gradient of k is that over the 0.001 that a saturated entry leaves."""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in Triton's interpreter where there is no GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_weight_that_is_flushed_may_be_missing_of_what_a_saturated_entry_leaves(dtype, request):
+    case = replace(LITTLE_LEFT, dtype=dtype)
+    properties.judge.cache_clear()
+    properties.judge(case)  # on a GPU it is not flushed, what the yardstick computes
+    request.getfixturevalue("flushed")
+    found = {one.name: one for one in properties.examine(functools.partial(soft_topk, impl="triton"), case)}
+    assert all(one.holds for one in found.values())
+    tiny = torch.finfo(torch.float32).tiny
+    assert 100 * tiny < found["grad k"].error[0] < found["grad k"].bound[0] < 1e4 * tiny, "there is something to allow for"
+
+
+def test_the_floor_of_the_exact_solver_grows_as_less_is_left_of_k():
+    inputs = cases.draw(LITTLE_LEFT)
+    truth, tiny = properties.truth_of(LITTLE_LEFT, inputs), torch.finfo(torch.float32).tiny
+    assert truth.mass[0] == pytest.approx(inputs.k[0] - 1) and inputs.k[0] == pytest.approx(1.001)
+    floor = properties._underflow(LITTLE_LEFT, inputs, truth, torch.float32)
+    # the one entry with a gradient, of 1: its weight, the product and the sum
+    assert floor["grad k"][0] == pytest.approx(3 * tiny / truth.mass[0], rel=0.01)
+    assert 0 < floor["grad scores"][0] < 1e-34 and floor["grad scores"][0] < floor["grad eps"][0] < 1e-32
+    more = properties._underflow(LITTLE_LEFT, inputs, replace(truth, mass=np.ones(1)), torch.float32)
+    assert more["grad k"][0] < 0.01 * floor["grad k"][0]
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_row_has_a_mass_that_can_be_told_from_0(name):
+    case = verify.Case("soft_topk", n=16, rows=((name, 1), (name, 2)), eps=1e-3)
+    mass = properties.truth_of(case, cases.draw(case)).mass
+    assert (mass >= 2.0**-24).all() and (np.isinf(mass) | (mass <= 16 * (1 + 1e-12))).all()
+
+
 def test_the_floor_of_a_gradient_is_tiny_and_grows_with_the_reach():
     inputs = cases.draw(UNDERFLOWING)
     truth, tiny = properties.truth_of(UNDERFLOWING, inputs), torch.finfo(torch.float32).tiny
