@@ -350,7 +350,7 @@ def port():
 
 @pytest.mark.parametrize("victim", [None, 0, 1])
 def test_two_processes_share_a_run_and_one_may_die(quick, spec, asked, tmp_path, port, victim):
-    costs = {"1": 2.0, "else": 40.0}
+    costs = {"1": 2.0, "else": 8.0}
     more = {"groups": GROUPS, "output": str(quick)}
     programs = [spec(costs=costs, name=f"rank{rank}", crew=(rank, port, f"victim {victim}"), **more) for rank in (0, 1)]
     running = [begin(program, tmp_path / f"rank{rank}") for rank, program in enumerate(programs)]
