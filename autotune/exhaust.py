@@ -18,8 +18,8 @@ from . import device as devices
 from . import space
 from .crew import Crew
 from .search import Progress, default_workers, label
-from .timer import Timer
-from .worker import PROGRAM, Failure, Inline, Json, Local, Pool, Worker, compile_request
+from .timer import Timer, processes
+from .worker import Failure, Inline, Json, Pool, compile_request
 
 ROUNDS = 140
 """Half of them say how long a candidate takes, the other half are for searches to draw from, none of which asks for more."""
@@ -97,16 +97,7 @@ def run(
             progress(len(todo), done, text, spent / done * (len(todo) - done) if done else None)
 
     with contextlib.ExitStack() as stack:
-        pool: Pool | Inline
-        if workers == 0 or backend == "cpu":
-            asked = Local(str(device)) if workers == 0 else Worker(str(device), torch.get_num_threads())
-            pool = stack.enter_context(Inline(asked))
-            timer = Timer(asked, device.type, seed, SAMPLE_US)
-        else:
-            pool = stack.enter_context(Pool(str(device), workers, PROGRAM))
-            process = Worker(str(device))
-            stack.callback(process.stop)
-            timer = Timer(process, device.type, seed, SAMPLE_US)
+        pool, timer = processes(stack, device, workers, seed, SAMPLE_US)
         if crew is None:
             futures = [_compiled(pool, key, device) for key in todo]
             for done, key in enumerate(todo):

@@ -1,4 +1,4 @@
-"""The proof of an entry: one launch configuration, checked against the float64 oracle before it is timed."""
+"""The proof of an entry: a forward and a backward configuration, checked against the float64 oracle before the last race."""
 
 from __future__ import annotations
 

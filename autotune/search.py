@@ -47,8 +47,8 @@ from .journal import Journal, journal_path
 from .proof import Proved
 from .space import Group
 from .strategies import Answer, Ask, Found
-from .timer import Timer
-from .worker import PROGRAM, WARM, Failure, Inline, Json, Local, Pool, Worker, compile_request, prepare_request, prove_request
+from .timer import Timer, processes
+from .worker import PROGRAM, WARM, Failure, Inline, Json, Pool, compile_request, prepare_request, prove_request
 
 Progress = Callable[[int, int, str, float | None], None]
 """Called with (total, done, text, seconds left or None)."""
@@ -184,7 +184,7 @@ def run(
     return search.result(time.monotonic() - begin)
 
 
-def fingerprint(device: Json, versions: Json, backend: str, effort: str) -> str:
+def _fingerprint(device: Json, versions: Json, backend: str, effort: str) -> str:
     """Of what a journal's answers depend on."""
     kernels = {op: kernel_sha256(op, backend) for op in kernel_config.OPS}
     text = json.dumps([device, versions, kernels, effort], sort_keys=True)
@@ -275,6 +275,10 @@ class Track:
         return min(medians.values()), medians[self.default] / min(medians.values())
 
 
+def _candidate_name(key: Key, config: LaunchConfig) -> str:
+    return json.dumps([key, config.to_json()], sort_keys=True)
+
+
 def label(key: Key) -> str:
     return f"{key.op} {key.direction} {key.dtype} {key.rows}x{key.n}"
 
@@ -322,8 +326,8 @@ class _Search:
         self.groups = groups
         self.workers = default_workers(self.backend) if workers is None else workers
         rank, ranks = (crew.rank, crew.world_size) if crew else (0, 1)
-        print_of_run = fingerprint(self.description, self.versions, self.backend, effort)
-        self.journal = Journal(journal_path(path, rank), print_of_run, fresh, ranks)
+        fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
+        self.journal = Journal(journal_path(path, rank), fingerprint, fresh, ranks)
         self.known = {} if fresh else store.outdated(path, self.backend)
         self.progress: Progress | None = None
         self.watch: Watch | None = None
@@ -378,23 +382,13 @@ class _Search:
         self.journal.remove()
 
     def _processes(self, stack: contextlib.ExitStack) -> tuple[Pool | Inline, Timer]:
-        name, kind = str(self.device), self.device.type
-        if self.workers == 0:
-            local = Local(name)
-            return Inline(local), Timer(local, kind, self.seed, self.plan.sample_us)
-        if self.backend == "cpu":
-            # one process for both, with all of torch's threads: what else runs would be in the timings
-            single = Worker(name, torch.get_num_threads(), self.program)
-            return stack.enter_context(Inline(single)), Timer(single, kind, self.seed, self.plan.sample_us)
-        pool = stack.enter_context(Pool(name, self.workers, self.program))
-        for _ in range(3 * self.workers):
+        pool, timer = processes(stack, self.device, self.workers, self.seed, self.plan.sample_us, self.program)
+        for _ in range(3 * self.workers if isinstance(pool, Pool) else 0):
             pool.submit(WARM, 3)  # none is told apart: most get one
-        timing_process = Worker(name, program=self.program)
-        stack.callback(timing_process.stop)
-        return pool, Timer(timing_process, kind, self.seed, self.plan.sample_us)
+        return pool, timer
 
     def shared(self, crew: Crew) -> None:
-        crew.agree("items", json.dumps([fingerprint(self.description, self.versions, self.backend, self.effort), self.items]))
+        crew.agree("items", json.dumps([self.journal.fingerprint, self.items]))
         while (i := crew.claim(len(self.items))) is not None:
             self.ahead(i, crew.world_size)
             self.item(i)
@@ -506,7 +500,7 @@ class _Search:
                         self.compile(track, config, priority)
 
     def compile(self, track: Track, config: LaunchConfig, priority: int) -> Future[Compiled]:
-        name = json.dumps([track.key, config.to_json()], sort_keys=True)
+        name = _candidate_name(track.key, config)
         found = self.compiling.get(name)
         if found is not None:
             return found
@@ -686,9 +680,8 @@ class _Search:
         timed: list[LaunchConfig] = []
         alias: dict[LaunchConfig, LaunchConfig] = {}
         for config in hunt.ask.configs:
-            future = hunt.compiles[config]
-            result = future.result()
-            name = json.dumps([track.key, config.to_json()], sort_keys=True)
+            result = hunt.compiles[config].result()
+            name = _candidate_name(track.key, config)
             if self.backend == "triton" and self.journal.get("compiled", name) is None:
                 self.journal.put("compiled", name, list(result))
             candidate = track.candidates.get(config)
@@ -747,10 +740,7 @@ class _Search:
             ready, _ = wait(pending, None, "FIRST_COMPLETED")
             for future in ready:
                 name, text = pending.pop(future)
-                answer = future.result()
-                proved = Proved(*answer) if isinstance(answer, Failure) else Proved(**answer)
-                self.journal.put("proved", text, list(proved))
-                go_on(name, proved)
+                go_on(name, self.proved(text, future))
         self.spent("prove", begin)
         begin = time.monotonic()
         found = {name: self.final(hunts[name], pair) for name, pair in pairs.items()}
@@ -781,6 +771,13 @@ class _Search:
         default = yield self.request(hunt.group, forward.default, backward.default)
         return pair._replace(default=default)
 
+    def proved(self, text: str, future: Future[Json | Failure]) -> Proved:
+        """What became of a proof, which goes into the journal under the text of its request."""
+        answer = future.result()
+        proved = Proved(*answer) if isinstance(answer, Failure) else Proved(**answer)
+        self.journal.put("proved", text, list(proved))
+        return proved
+
     def request(self, group: Group, one: LaunchConfig, two: LaunchConfig) -> Json:
         return prove_request(group.op, group.dtype, group.rows, group.n, one, two, self.seed)
 
@@ -803,12 +800,9 @@ class _Search:
                 break
             # a default is to be shipped after all: it is proved first, and then timed again
             text = json.dumps(self.request(group, *(track.default for track in tracks.values())), sort_keys=True)
-            default = self.journal.get("proved", text)
-            if default is None:
-                answer = self.pool.submit(json.loads(text), 0).result()
-                default = list(Proved(*answer) if isinstance(answer, Failure) else Proved(**answer))
-                self.journal.put("proved", text, default)
-            pair = pair._replace(default=Proved(*default))
+            known = self.journal.get("proved", text)
+            default = self.proved(text, self.pool.submit(json.loads(text), 0)) if known is None else Proved(*known)
+            pair = pair._replace(default=default)
         choices: list[_Choice | None] = []
         for direction, track in tracks.items():
             found, config = timed[direction], configs[direction]
@@ -853,7 +847,7 @@ class _Search:
 
     @staticmethod
     def together(timed: dict[str, dict[LaunchConfig, timing.Timed]], tracks: dict[str, Track], pair: _Pair) -> bool:
-        """Whether the pair surely beats the defaults in the sum of both directions, neither of which it makes much slower."""
+        """Whether the pair surely beats the defaults in the sum of both directions; one of them may be slower by itself."""
         sums: list[list[float]] = []
         for configs in ((pair.one, pair.two), (tracks["forward"].default, tracks["backward"].default)):
             parts = [timed[direction].get(config) for direction, config in zip(DIRECTIONS, configs, strict=True)]

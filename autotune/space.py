@@ -192,7 +192,7 @@ def _gpu(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:
 
 
 _CAPS = (32, 40, 48, 64, 80, 96, 128, 168)
-"""Registers a thread at which one more warp fits a multiprocessor for each four, or nearly so."""
+"""Limits of registers a thread that are tried: the fewer, the more programs run side by side, and the more is spilled."""
 
 
 def _resident(key: Key, default: LaunchConfig, effort: str) -> list[LaunchConfig]:

@@ -8,8 +8,6 @@ All figures of a search are ratios to the default, which is in every round: what
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -310,11 +308,6 @@ def local_race(
     return Found(preferred(figures, default, hints, plan.tie), figures)
 
 
-def launches(asks: Iterable[Ask]) -> int:
-    """How many timed launches some asks take: one a candidate and round."""
-    return sum(len(ask.configs) * ask.rounds for ask in asks)
-
-
 def sampled(default: LaunchConfig, order: Sequence[LaunchConfig], rounds: int, batch: int = 16) -> Search:
     """Candidates in the order given, each for the same number of rounds, with the default: exhaustive, or random up to a limit."""
     ratios = Ratios(default)
@@ -323,11 +316,3 @@ def sampled(default: LaunchConfig, order: Sequence[LaunchConfig], rounds: int, b
         ratios.take(asked, (yield asked))
     figures = ratios.figures()
     return Found(sorted(figures, key=lambda one: (figures[one], _key(one))), figures)
-
-
-def noise(samples: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the median, as a share of it; NaN of nothing."""
-    if not samples:
-        return math.nan
-    low, high = median_interval(samples)
-    return (high - low) / 2 / statistics.median(samples)

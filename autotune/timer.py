@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from ..kernels import config as kernel_config
 from ..kernels.config import Key, LaunchConfig
 from . import space, timing
 from .proof import raw, run_backward, run_forward
-from .worker import Failure, Json, failed
+from .worker import PROGRAM, Failure, Inline, Json, Local, Pool, Worker, failed
 
 PREPARE_SECONDS = {"cuda": 90.0, "cpu": 240.0}
 """How long a candidate may take to be compiled, if it is not, and run a few times."""
@@ -177,7 +177,7 @@ class Timer:
         target_us: how long one sample should last at least, in microseconds.
 
     Attributes:
-        launches: timed samples so far.
+        methods: how a candidate of a key is measured, by the key's name and the candidate.
     """
 
     def __init__(self, asked: Asked, kind: str, seed: int, target_us: float) -> None:
@@ -187,7 +187,6 @@ class Timer:
         self._numbers = itertools.count()
         self._last = Failure("crashes", "nothing was asked")
         self.methods: dict[tuple[str, LaunchConfig], str] = {}
-        self.launches = 0
 
     def open(self, name: str, key: Key) -> None:
         """Names a key whose candidates are to be timed; several may be open."""
@@ -228,7 +227,6 @@ class Timer:
                 if alone:
                     failures[group[0]] = self._last
             if not alone and not fell:
-                self.launches += sum(map(len, samples.values()))
                 return samples, failures
         # each runs alone, and together they fall: nothing can be said of any
         return {}, failures | {config: self._last for config in configs if config not in failures}
@@ -290,3 +288,27 @@ class Timer:
         if isinstance(answer, Failure) and not self._asked.alive:
             self._there.clear()
         return answer
+
+
+def processes(
+    stack: ExitStack, device: torch.device, workers: int, seed: int, target_us: float, program: Sequence[str] = PROGRAM
+) -> tuple[Pool | Inline, Timer]:
+    """What compiles and proves, and what times, until the stack is left.
+
+    Args:
+        stack: ends the processes.
+        device: what they work on.
+        workers: on a GPU, how many compile and prove beside the one that times. On a CPU one process does both, with all of
+            torch's threads, for what else runs would be in the timings. 0 does everything in this process.
+        seed: of the inputs.
+        target_us: how long one sample should last at least, in microseconds.
+        program: the command line of a worker.
+    """
+    name = str(device)
+    if workers and device.type == "cuda":
+        pool = stack.enter_context(Pool(name, workers, program))
+        worker = Worker(name, program=program)
+        stack.callback(worker.stop)
+        return pool, Timer(worker, device.type, seed, target_us)
+    asked = Worker(name, torch.get_num_threads(), program) if workers else Local(name)
+    return stack.enter_context(Inline(asked)), Timer(asked, device.type, seed, target_us)

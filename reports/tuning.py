@@ -14,7 +14,7 @@ from .evidence import Json, KeyGroup
 # --- what was chosen -------------------------------------------------------------------------------------------------
 
 _STATUS = {
-    "timed": "right, and timed in the final round or in the screening",
+    "timed": "timed, and nothing was found against it",
     "slower": "right, but not among the fastest of the screening",
     "wrong": "failed the check against float64",
     "spills": "spills registers",
@@ -34,9 +34,9 @@ def chapter(autotune: Json, names: Names) -> list[Block]:
     else:
         blocks.append(
             Words(
-                "A key is one operator, direction, dtype and bucket of shapes. Every candidate was verified before it was timed; "
-                "another than the default is taken only where the paired 95 % interval of its time over the default's lies below "
-                "1. The thin bar is the 95 % interval of the tuned median."
+                "A key is one operator, direction, dtype and bucket of shapes. What is taken was verified before the race that is "
+                "told here; another than the default is taken only where the paired 95 % interval of its time over the default's "
+                "lies below 1. The thin bar is the 95 % interval of the tuned median."
             )
         )
     made = []

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from coordroute import cli
-from coordroute.autotune import exhaust, hosttime, replay, space
+from coordroute.autotune import exhaust, hosttime, replay, space, timer
 from coordroute.kernels import config as kernel_config
 from coordroute.kernels.config import Key, LaunchConfig
 
@@ -64,7 +64,7 @@ def test_too_few_rounds_are_refused():
 
 def test_the_command_shows_what_serves(few, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(exhaust, "keys", lambda backend, between=False: [KEY])
-    monkeypatch.setattr(exhaust, "Worker", lambda device, threads: exhaust.Local(device))
+    monkeypatch.setattr(timer, "Worker", lambda device, *rest: timer.Local(device))
     path = tmp_path / "exhaustive.json"
     assert cli.main(["exhaust", "--device", "cpu", "--rounds", "3", "--between", "--json", str(path)]) == 0
     out = capsys.readouterr().out
