@@ -140,16 +140,33 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
         # a block of rows that stays in half a MiB of the second-level cache
         rows = max(1, min(256, (1 << 19) // (key.n * itemsize)))
         return LaunchConfig("eager", rows_per_program=rows, checkpoint_segments=segments)
-    # nothing spills with these numbers in float32 (kernels/aot.py)
+    # near the best of what `coordroute exhaust` timed on an H100; nothing spills in float32 (kernels/aot.py), but for what a limit
+    # of registers puts away
     words = itemsize // 4
     longest = MAX_RESIDENT_N // words
     if key.n > longest or (key.n == longest and (key.rows <= 16 or key.direction == "backward")):
         return _long_rows(key, segments)
-    per_thread = 16 if words == 2 or key.direction == "backward" or key.rows * key.n <= 1 << 19 else 32
+    per_thread = _per_thread(key, words)
     # short rows share a program, as long as there are enough of them for all processors
     rows = max(1, min(32 * per_thread // key.n, next_power_of_2(key.rows) // 256))
     warps = min(max(next_power_of_2(rows * key.n // (32 * per_thread)), 1), 32)
-    return LaunchConfig("resident", key.n, rows, warps, 1, segments)
+    if warps == 1 and rows * key.n >= 128 and key.rows > rows and (key.op, key.direction) == ("soft_topk", "backward"):
+        # one pass over the row: programs of one warp are too many
+        rows, warps = 2 * rows, 2
+    # a thread that iterates on many scores takes so many registers that few programs run side by side
+    held = rows * key.n // (32 * warps)
+    limit = 128 if key.op == "coordinate_descent" and words == 1 and 32 <= held <= 64 else 0
+    return LaunchConfig("resident", key.n, rows, warps, 1, segments, max_registers=limit)
+
+
+def _per_thread(key: Key, words: int) -> int:
+    """Scores a thread of a resident row: the more, the less is done twice; the fewer, the more threads share the latency."""
+    if words == 2:
+        return 16 if key.op == "coordinate_descent" or key.direction == "forward" else 8
+    if key.direction == "backward":
+        return 32 if key.op == "coordinate_descent" else 8
+    many = key.rows * key.n > 1 << 19
+    return 64 if many and (key.n >= 2048 or key.op == "coordinate_descent") else 32
 
 
 PROCESSORS = 132
@@ -164,7 +181,12 @@ def side_by_side(rows: int) -> int:
 def _long_rows(key: Key, segments: int | None) -> LaunchConfig:
     """Rows that are too long for one program, or few enough to be shared by several."""
     if key.direction == "backward":
-        return LaunchConfig("split", 4096, 1, 8, 1, segments, programs_per_row=min(max(key.n // 4096, 1), 2048))
+        block, warps = 4096, 16
+        if key.op == "coordinate_descent":
+            block, warps = (4096, 4) if key.n >= 1 << 20 else (2048, 4)
+        if key.dtype == "float64":
+            warps = block // 512
+        return LaunchConfig("split", block, 1, warps, 1, segments, programs_per_row=min(max(key.n // block, 1), 2048))
     programs = side_by_side(key.rows)
     if programs < 2:
         return LaunchConfig("tiled", 4096, 1, 16, 1, segments)

@@ -122,7 +122,8 @@ def _processors(index: int | None) -> int:
 def compile_options(config: LaunchConfig) -> dict[str, int]:
     """The options of a configuration that Triton compiles with."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if config.max_registers:
+    # Triton knows no such limit on AMD, and takes no option that it does not know
+    if config.max_registers and torch.version.hip is None:
         options["maxnreg"] = config.max_registers
     return options
 
