@@ -26,6 +26,9 @@ ROUNDS = 140
 
 SAMPLE_US = 300.0
 
+AHEAD = 2
+"""Keys that each of several processes compiles ahead. Where another takes one of them, its candidates are compiled twice."""
+
 SHAPES = ((65536, 256), (4096, 2048), (1024, 8192), (16, 4096), (4, 131072), (1, 1048576))
 CPU_SHAPES = ((256, 512), (64, 4096), (4, 65536))
 """Rows and length: many short rows, a few long ones, and what lies between."""
@@ -33,6 +36,10 @@ CPU_SHAPES = ((256, 512), (64, 4096), (4, 65536))
 BETWEEN = ((30000, 200), (3000, 1500), (700, 6000), (300, 12000), (100, 20000), (40, 3000), (10, 700), (2, 200000), (1, 700000))
 CPU_BETWEEN = ((100, 700), (30, 3000), (2, 50000))
 """Rows and length that no key has: an entry of another shape serves them."""
+
+
+Compiling = tuple[LaunchConfig, "Future[Json | Failure] | None"]
+"""A candidate, and what becomes of compiling it; None where there is nothing to compile."""
 
 
 def keys(backend: str, between: bool = False) -> list[Key]:
@@ -105,10 +112,14 @@ def run(
                 results.append(_timed(timer, key, device, futures[done], rounds))
         else:
             crew.agree("keys", json.dumps([todo, rounds]))
-            done = 0
+            done, ahead = 0, dict[int, list[Compiling]]()
             while (i := crew.claim(len(todo))) is not None:
                 say(f"timing {label(todo[i])}", done)
-                crew.finish(i, json.dumps(_timed(timer, todo[i], device, _compiled(pool, todo[i], device), rounds)))
+                # and what is likely to come next here is compiled while this is timed
+                for one in range(i, min(i + AHEAD * crew.world_size + 1, len(todo)), crew.world_size):
+                    if one not in ahead:
+                        ahead[one] = _compiled(pool, todo[one], device)
+                crew.finish(i, json.dumps(_timed(timer, todo[i], device, ahead.pop(i), rounds)))
                 done = i + 1
             results = [json.loads(text) for text in crew.results(len(todo))]
     say("done", len(todo))
@@ -128,7 +139,7 @@ def run(
     }
 
 
-def _compiled(pool: Pool | Inline, key: Key, device: torch.device) -> list[tuple[Any, Future[Json | Failure] | None]]:
+def _compiled(pool: Pool | Inline, key: Key, device: torch.device) -> list[Compiling]:
     backend = devices.backend(device)
     default = kernel_config.heuristic(bucket(key), backend)
     found = space.candidates(bucket(key), backend, "full")
@@ -145,9 +156,7 @@ def serving(key: Key, device: torch.device) -> LaunchConfig:
     return space.with_segments(config, default.checkpoint_segments)
 
 
-def _timed(
-    timer: Timer, key: Key, device: torch.device, compiles: list[tuple[Any, Future[Json | Failure] | None]], rounds: int
-) -> Json:
+def _timed(timer: Timer, key: Key, device: torch.device, compiles: list[Compiling], rounds: int) -> Json:
     candidates: list[Json] = []
     binaries: dict[str, int] = {}
     for config, future in compiles:
@@ -174,17 +183,17 @@ def _timed(
         if config in failures:
             candidates[i] |= {"status": failures[config].status, "reason": failures[config].reason}
         else:
-            candidates[i]["samples"] = [round(sample, 4) for sample in samples[config]]
+            candidates[i]["samples"] = [float(f"{sample:.5g}") for sample in samples[config]]
     for one in candidates:
         same = one["same_as"]
         if same is not None and candidates[same]["status"] != "timed":
             one |= {"status": candidates[same]["status"], "reason": candidates[same]["reason"], "same_as": None}
     found = [config for config, _ in compiles]
-    quick = space.candidates(bucket(key), devices.backend(device), "quick")
+    seeds = space.seeds(bucket(key), devices.backend(device))
     return {
         "key": key._asdict(),
         "default": 0,
         "serves": found.index(serving(key, device)),
-        "seeds": [found.index(config) for config in quick if config in found],
+        "seeds": [found.index(config) for config in seeds if config in found],
         "candidates": candidates,
     }

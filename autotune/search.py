@@ -457,7 +457,7 @@ class _Search:
             return [space.with_segments(track.known, track.default.checkpoint_segments)]
         if self.hinted(track):
             return []
-        return space.candidates(track.key, self.backend, "quick")
+        return space.seeds(track.key, self.backend)
 
     def hinted(self, track: Track) -> bool:
         """Whether a quick search of this shape is left at what was found for the first dtype."""

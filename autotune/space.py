@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ..kernels import config as kernel_config
 from ..kernels.config import Key, LaunchConfig
+from .strategies import neighbours
 
 SEGMENTS = (20, 10, 5, 4, 2, 1)
 """Checkpoint segments at ``TUNED_N_ITERS`` iterations, the most memory and the least recomputation first."""
@@ -106,6 +107,14 @@ def candidates(key: Key, backend: str, effort: str) -> list[LaunchConfig]:
     default = kernel_config.heuristic(key, backend)
     found = _gpu(key, default, effort) if backend == "triton" else _cpu(key, default, effort)
     return list(dict.fromkeys([default, *found]))
+
+
+def seeds(key: Key, backend: str) -> list[LaunchConfig]:
+    """Where a search begins, the heuristic's own first: on a GPU at what is one step from it, on a CPU at a few far apart."""
+    if backend == "cpu":
+        return candidates(key, backend, "quick")
+    found = candidates(key, backend, "full")
+    return [found[0], *neighbours(found[0], found)]
 
 
 def with_segments(config: LaunchConfig, segments: int | None) -> LaunchConfig:
