@@ -901,6 +901,7 @@ class _Search:
             "workers": self.workers,
             "gpus": self.crew.world_size if self.crew else int(self.device.type == "cuda"),
             "resumed": self.resumed,
+            "reverified": sum(all(group.key(direction) in self.known for direction in DIRECTIONS) for group in self.groups),
             "phases": {name: round(spent, 1) for name, spent in self.phases.items()},
             "launches": sum(key["launches"] for key in keys),
             "keys": keys,

@@ -26,6 +26,7 @@ class Landscape:
         times: the median of its samples in microseconds, or of the candidate with the same binary; None for one that was dropped.
         dropped: status -> how many.
         default: the default's index; best: that of the least time, the default where it is one of them; None where nothing has one.
+        serves: the index of what a call of these sizes got; None where the file does not say.
     """
 
     key: Json
@@ -34,6 +35,7 @@ class Landscape:
     dropped: Counter[str]
     default: int
     best: int | None
+    serves: int | None = None
 
     @property
     def timed(self) -> list[int]:
@@ -46,8 +48,16 @@ class Landscape:
     @property
     def over_best(self) -> float | None:
         """The default's time over the best's."""
-        default, best = self.times[self.default], self.best_us
-        return None if default is None or best is None else default / best
+        return self._over(self.default)
+
+    @property
+    def serving_over_best(self) -> float | None:
+        """The time of what served, over the best's."""
+        return None if self.serves is None else self._over(self.serves)
+
+    def _over(self, index: int) -> float | None:
+        time, best = self.times[index], self.best_us
+        return None if time is None or best is None else time / best
 
     @property
     def near(self) -> list[int]:
@@ -71,7 +81,7 @@ def _landscape(key: Json) -> Landscape:
     dropped = Counter(one["status"] for one in candidates if one["status"] != TIMED)
     timed = [(time, i != default, i) for i, time in enumerate(times) if time is not None]
     best = min(timed)[2] if timed else None
-    return Landscape(key["key"], [one["config"] for one in candidates], times, dropped, default, best)
+    return Landscape(key["key"], [one["config"] for one in candidates], times, dropped, default, best, key.get("serves"))
 
 
 def spread(found: list[Landscape], most: int) -> list[Landscape]:
@@ -97,6 +107,9 @@ def spread(found: list[Landscape], most: int) -> list[Landscape]:
     )
     return [one for _, one in taken]
 
+
+TRANSFER_GOAL = 1.05
+"""What serves between the keys takes at most so many times what the best there would: at the 95th percentile."""
 
 # --- the search, replayed --------------------------------------------------------------------------------------------
 

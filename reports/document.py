@@ -55,7 +55,9 @@ def build(evidence: Evidence) -> Document:
         blocks.append(_missing("autotune", "no gain by tuning is reported"))
     else:
         blocks += tuning.chapter(evidence.autotune, names)
+    blocks += tuning.upgrade(evidence.upgrade, evidence.autotune)
     blocks += tuning.landscape(evidence.exhaustive, names)
+    blocks += tuning.transfer(evidence.between)
     blocks += tuning.replay(evidence.replay, names)
     blocks += _correctness(evidence, names)
     blocks += faults.mutants(evidence.mutants, evidence.false_alarms)
@@ -172,7 +174,7 @@ def _files(evidence: Evidence) -> list[Block]:
     columns = [Column("evidence", False), Column("date", False), Column("took"), *(Column(name, False) for name in versions)]
     columns.append(Column("driver", False))
     rows = []
-    for command in (*COMMANDS, "sanitize", "exhaustive", "replay"):
+    for command in (*COMMANDS, *evidence_module.MORE_OF_DEVICE):
         if command not in files:
             if command not in COMMANDS:
                 continue

@@ -28,8 +28,11 @@ MORE_COMMANDS = {
 }
 """Likewise for files that say how well the verification itself sees, and what else looked. The last two need the repository."""
 
-MADE_BY = {"exhaustive": "exhaust"}
+MADE_BY = {"exhaustive": "exhaust", "between": "exhaust", "upgrade": "autotune"}
 """The command of a file that is not named after it."""
+
+MORE_OF_DEVICE = ("sanitize", "exhaustive", "between", "replay", "upgrade")
+"""Files of commands that a report does not need, but which are of its device where they are there."""
 
 OTHERS = "verify-*.json"
 """Further files of verify, of other implementations: they are compared on a page of their own."""
@@ -79,7 +82,8 @@ _FIELDS: dict[str, dict[str, str]] = {
     "exhaustive": {"rounds": WHOLE, "method": TEXT, "keys": LIST},
     "replay": {"source": TEXT, "seeds": WHOLE, "full_launches": TEXT, "strategies": LIST},
 }
-_UNTIMED = ("exhaustive", "replay")
+_FIELDS |= {"between": _FIELDS["exhaustive"], "upgrade": _FIELDS["autotune"]}
+_UNTIMED = ("exhaustive", "between", "replay")
 """Files that do not say how long they took."""
 
 _RESULT = {
@@ -151,7 +155,7 @@ _FAILURE = {
 _TUNED = {"key": OBJECT, "config": MAYBE_OBJECT, "timing": MAYBE_OBJECT, "gain": MAYBE_NUMBER, "candidates": LIST}
 _TIMING = {"median_us": NUMBER, "ci_us": INTERVAL, "default_us": NUMBER, "samples": WHOLE, "method": TEXT}
 _CANDIDATE = {"status": TEXT, "reason": TEXT}
-_SEARCHED = {"groups": MAYBE_WHOLE, "workers": MAYBE_WHOLE, "gpus": MAYBE_WHOLE, "shipped": MAYBE_OBJECT}
+_SEARCHED = {"groups": MAYBE_WHOLE, "workers": MAYBE_WHOLE, "gpus": MAYBE_WHOLE, "reverified": MAYBE_WHOLE}
 """What autotune.json may say of the search; a file from before it did has none."""
 
 _CONFIG = {
@@ -243,7 +247,10 @@ class Evidence:
         mutants, false_alarms: of tests/mutation/run.py; they name their own device.
         training: of examples/train_bytes.py; colt5: of coordroute.integrations.colt5_check, each of another version.
         others: the further files of verify, by their names; of any device.
-        exhaustive: every candidate of some keys, timed; replay: searches replayed on it. Of the same device as the commands' files.
+        exhaustive: every candidate of some keys, timed; replay: searches replayed on it.
+        between: every candidate at shapes that no key has.
+        upgrade: a search that found its choices made, but their proofs of other versions. These four are of the same device as the
+            commands' files.
     """
 
     verify: Json | None = None
@@ -257,11 +264,13 @@ class Evidence:
     others: dict[str, Json] = field(default_factory=dict)
     exhaustive: Json | None = None
     replay: Json | None = None
+    between: Json | None = None
+    upgrade: Json | None = None
 
     def files(self) -> dict[str, Json]:
         """Name without .json -> content, for the files of commands that were there."""
         found = {"verify": self.verify, "autotune": self.autotune, "benchmark": self.benchmark, "sanitize": self.sanitize}
-        found |= {"exhaustive": self.exhaustive, "replay": self.replay}
+        found |= {"exhaustive": self.exhaustive, "replay": self.replay, "between": self.between, "upgrade": self.upgrade}
         return {command: data for command, data in found.items() if data is not None}
 
     def reported(self) -> bool:
@@ -282,8 +291,8 @@ class Evidence:
 
 def load(folder: Path) -> Evidence:
     """Reads and checks the evidence of a folder: verify.json, autotune.json, benchmark.json or verify-*.json, at least one of them,
-    and sanitize.json, exhaustive.json, replay.json, mutants.json, false-alarms.json, bytes.json, colt5.json and
-    colt5-*.json.
+    and sanitize.json, exhaustive.json, between.json, replay.json, upgrade.json, mutants.json, false-alarms.json, bytes.json,
+    colt5.json and colt5-*.json.
 
     Raises:
         ValueError: no file, one that is not what its name says, or files of different devices.
@@ -294,7 +303,7 @@ def load(folder: Path) -> Evidence:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}; {needed}")
-    of_device = (*COMMANDS, "sanitize", "exhaustive", "replay")
+    of_device = (*COMMANDS, *MORE_OF_DEVICE)
     found = {command: read_file(path, command) for command in of_device if (path := folder / f"{command}.json").exists()}
     others = {path.name: read_file(path, "verify") for path in sorted(folder.glob(OTHERS), key=_natural)}
     if not others and not any(command in found for command in COMMANDS):
@@ -325,6 +334,8 @@ def load(folder: Path) -> Evidence:
         others,
         found.get("exhaustive"),
         found.get("replay"),
+        found.get("between"),
+        found.get("upgrade"),
     )
 
 
@@ -356,7 +367,7 @@ def read_file(path: Path, name: str) -> Json:
     _fields(path, "device", data["device"], _DEVICE)
     _check_versions(path, data)
     checks = {"verify": _check_verify, "autotune": _check_autotune, "benchmark": _check_benchmark, "sanitize": _check_sanitize}
-    checks |= {"exhaustive": _check_exhaustive, "replay": _check_replay}
+    checks |= {"exhaustive": _check_exhaustive, "replay": _check_replay, "upgrade": _check_autotune, "between": _check_between}
     checks[name](path, data)
     return data
 
@@ -447,8 +458,6 @@ def _check_autotune(path: Path, data: Json) -> None:
         _check(path, f"dropped[{status!r}]", number, WHOLE)
     for name, kind in _SEARCHED.items():
         _check(path, name, data.get(name), kind)
-    for op, number in (data.get("shipped") or {}).items():
-        _check(path, f"shipped[{op!r}]", number, WHOLE)
     for i, key in enumerate(data["keys"]):
         _fields(path, f"keys[{i}]", key, _TUNED)
         _fields(path, f"keys[{i}].key", key["key"], _KEY)
@@ -474,6 +483,13 @@ def _check_exhaustive(path: Path, data: Json) -> None:
         for j, one in enumerate(candidates):
             _check_time(path, f"{at}.candidates[{j}]", j, one, candidates)
     _distinct(path, "keys", [key["key"] for key in data["keys"]], tuple(_KEY))
+
+
+def _check_between(path: Path, data: Json) -> None:
+    _check_exhaustive(path, data)
+    for i, key in enumerate(data["keys"]):
+        _check(path, f"keys[{i}].serves", key.get("serves"), WHOLE)
+        _candidate(path, f"keys[{i}].serves", key["serves"], key["candidates"])
 
 
 def _check_time(path: Path, at: str, position: int, one: Json, candidates: list[Json]) -> None:
@@ -764,6 +780,24 @@ def configurations(autotune: Json) -> dict[str, list[Json]]:
         else:
             same["keys"] += 1
     return {op: sorted(of_op, key=lambda one: -int(one["keys"])) for op, of_op in found.items()}
+
+
+def forms(configs: list[Json]) -> int:
+    """How many of these configurations differ in more than the length they are for.
+
+    A resident row's block is its length, and it has warps by the scores that a thread holds; how many programs share a row is its
+    length by what each of them has of it.
+    """
+    found = set()
+    for config in configs:
+        form = dict(config)
+        if config["variant"] == "resident":
+            form["num_warps"] = config["rows_per_program"] * config["block"] / max(config["num_warps"], 1)
+            form["block"] = None
+        elif config["variant"] == "split":
+            form["programs_per_row"] = None
+        found.add(tuple(sorted(form.items(), key=str)))
+    return len(found)
 
 
 # --- the verification ------------------------------------------------------------------------------------------------

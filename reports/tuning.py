@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 
 from . import evidence as evidence_module
 from . import plots, text
 from .blocks import Block, Cell, Column, Heading, Names, Plot, Plots, Table, Words
-from .candidates import NEAR, Goal, Landscape, goals, landscapes, spread
+from .candidates import NEAR, TRANSFER_GOAL, Goal, Landscape, goals, landscapes, spread
 from .evidence import Json, KeyGroup
 
 # --- what was chosen -------------------------------------------------------------------------------------------------
@@ -97,16 +98,18 @@ def _distinct(autotune: Json) -> list[Block]:
     found = evidence_module.configurations(autotune)
     if not found:
         return []
-    shipped = autotune.get("shipped") or {}
     columns = [Column("operator", False), Column("tuned keys"), Column("distinct configurations")]
-    columns += [Column("distinct in the shipped file")] if shipped else []
-    columns += [Column("the most frequent", False), Column("its keys")]
+    columns += [Column("distinct", sub="whatever the length"), Column("the most frequent", False), Column("its keys")]
     rows = []
     for op, configs in found.items():
         row = [Cell(op), Cell(text.count(sum(one["keys"] for one in configs))), Cell(text.count(len(configs)), tone="strong")]
-        row += [Cell(text.count(shipped.get(op)))] if shipped else []
+        row += [Cell(text.count(evidence_module.forms([one["config"] for one in configs])), tone="strong")]
         rows.append([*row, Cell(configuration(configs[0]["config"])), Cell(text.count(configs[0]["keys"]))])
-    return [Table("Distinct configurations", columns, rows)]
+    note = (
+        "Whatever the length: a resident row's block is its length, and its warps are counted by the scores a thread; of rows that "
+        "are shared, the programs a row are left out."
+    )
+    return [Table("Distinct configurations", columns, rows, [("", note)])]
 
 
 def _keys_table(group: KeyGroup) -> Table:
@@ -238,6 +241,71 @@ def _landscape_table(found: list[Landscape]) -> Table:
         )
     notes = [("", "The share within 5 % is of the candidates that were timed.")]
     return Table(f"All candidates of {text.several(len(rows), 'key')}", columns, rows, notes)
+
+
+# --- between the keys, and after an upgrade --------------------------------------------------------------------------
+
+
+def transfer(between: Json | None) -> list[Block]:
+    """What serves at shapes that no key has, beside the best that could; nothing where there is no file."""
+    if between is None:
+        return []
+    found = [one for one in landscapes(between) if one.serving_over_best is not None]
+    blocks: list[Block] = [Heading("Between the keys", anchor="between")]
+    if not found:
+        return [*blocks, Words("between.json has no key whose serving configuration was timed.", "missing")]
+    ratios = sorted(float(one.serving_over_best or 0.0) for one in found)
+    p95 = ratios[math.ceil(0.95 * len(ratios)) - 1]
+    said = (
+        f"Every candidate of {text.several(len(found), 'shape')} that no key has was timed, in "
+        f"{text.several(between['rounds'], 'round')}. What serves such a call takes {text.times(statistics.median(ratios))} the "
+        f"time of the best at the median, {text.times(p95)} at p95 (at most {text.times(TRANSFER_GOAL)} is the goal: "
+        f"{'met' if p95 <= TRANSFER_GOAL else 'missed'}), {text.times(ratios[-1])} at worst."
+    )
+    blocks.append(Words(said, "pass" if p95 <= TRANSFER_GOAL else "fail"))
+    columns = [Column("shape", False), Column("best µs"), Column("serves ÷ best"), Column("default ÷ best")]
+    columns += [Column("serves", False), Column("best", False)]
+    rows = []
+    for one in found:
+        assert one.best is not None and one.serves is not None
+        best = "the same" if one.serving_over_best == 1 else configuration(one.configs[one.best])
+        rows.append(
+            [
+                Cell(f"{one.key['op']} {one.key['direction']}", f"{one.key['dtype']} {text.shape(one.key['rows'], one.key['n'])}"),
+                Cell(text.figure(one.best_us)),
+                Cell(text.times(one.serving_over_best), tone="muted" if one.serving_over_best == 1 else "strong"),
+                Cell(text.times(one.over_best), tone="muted"),
+                Cell(configuration(one.configs[one.serves])),
+                Cell(best, tone="muted" if one.serving_over_best == 1 else ""),
+            ]
+        )
+    return [*blocks, Table(f"What serves {text.several(len(rows), 'shape')} between the keys", columns, rows)]
+
+
+UPGRADE_GOAL = 0.10
+
+
+def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:
+    """What proving and timing anew cost after a change of versions or kernels; nothing where there is no file."""
+    if data is None:
+        return []
+    blocks: list[Block] = [Heading("After an upgrade", anchor="upgrade")]
+    again = data.get("reverified")
+    said = (
+        f"The proofs of {text.several(len(data['keys']), 'key')} were of another kernel or other versions. In "
+        f"{text.duration(data['seconds'])} what they had chosen was proved anew and timed against the default"
+        + (f", without a search in {text.several(again, 'group')} of {data['groups']}" if again is not None else "")
+        + "."
+    )
+    if autotune is None or autotune["effort"] != data["effort"]:
+        return [*blocks, Words(said)]
+    share = data["seconds"] * max(data.get("gpus") or 1, 1) / (autotune["seconds"] * max(autotune.get("gpus") or 1, 1))
+    met = share <= UPGRADE_GOAL
+    said += (
+        f" That is {text.percent(share)} of the time on a GPU that the search of autotune.json took; at most "
+        f"{text.percent(UPGRADE_GOAL)} is the goal: {'met' if met else 'missed'}."
+    )
+    return [*blocks, Words(said, "pass" if met else "fail")]
 
 
 # --- the search, replayed --------------------------------------------------------------------------------------------

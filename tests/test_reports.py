@@ -1111,3 +1111,42 @@ def test_markdown_takes_text_literally():
         markdown.escape("# x\n\n1. y") == "\\# x 1. y" and markdown.escape("1. y") == "1\\. y" and markdown.escape("- z") == "\\- z"
     )
     assert markdown.fence("a ```` b", "sh") == "`````sh\na ```` b\n`````"
+
+
+# --- between the keys, and after an upgrade --------------------------------------------------------------------------
+
+
+def synthetic_between(factor):
+    """One shape of two candidates: what serves takes ``factor`` times the time of the other."""
+    config = {"status": "timed", "registers": 40, "spills": 0, "same_as": None}
+    candidates = [config | {"config": launch(warps=4), "samples": [10.0] * 3}]
+    candidates += [config | {"config": launch(warps=8), "samples": [10.0 * factor] * 3}]
+    key = {"key": dict(LANDSCAPES[0], rows=3000, n=200), "default": 0, "serves": 1, "seeds": [0], "candidates": candidates}
+    return {**head("exhaust"), "rounds": 3, "method": "SYNTHETIC", "keys": [key]}
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.04, "met"), (1.06, "missed")])
+def test_what_serves_between_the_keys_is_compared_with_the_best(tmp_path, factor, verdict):
+    write(tmp_path / "in", autotune=synthetic_autotune(), between=synthetic_between(factor))
+    render(tmp_path / "in", tmp_path / "out")
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert f"{text.times(factor)} at p95 (at most 1.05× is the goal: {verdict})" in said
+    assert "3000×200" in said and "between.json" in said
+
+
+def test_a_file_of_shapes_between_the_keys_must_say_what_serves(tmp_path):
+    data = synthetic_between(1.0)
+    del data["keys"][0]["serves"]
+    write(tmp_path, autotune=synthetic_autotune(), between=data)
+    with pytest.raises(ValueError, match=r"keys\[0\].serves"):
+        evidence.load(tmp_path)
+
+
+@pytest.mark.parametrize(("seconds", "gpus", "verdict"), [(10.0, 1, "met"), (10.0, 2, "missed")])
+def test_an_upgrade_is_compared_with_the_search_by_the_time_of_all_gpus(tmp_path, seconds, gpus, verdict):
+    autotune = synthetic_autotune()
+    again = autotune | {"seconds": seconds, "gpus": gpus, "groups": 10, "reverified": 10}
+    write(tmp_path / "in", autotune=autotune, upgrade=again)
+    render(tmp_path / "in", tmp_path / "out")
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "without a search in 10 groups of 10" in said and f"at most 10 % is the goal: {verdict}" in said
