@@ -83,8 +83,17 @@ def compiled(device: torch.device, key: Key, config: LaunchConfig, is_default: b
     return found
 
 
-def prepare(device: torch.device, op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig) -> int:
+def prepare(
+    device: torch.device, op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig, part: int = 0, parts: int = 1
+) -> int:
     """Compiles what a proof of the pair launches, so that it finds it in Triton's cache. Nothing runs on the GPU.
+
+    Args:
+        device: what is compiled for.
+        op, dtype, n: of the key.
+        forward: configuration of the forward kernel.
+        backward: configuration of the backward kernel.
+        part, parts: only every so manieth launch, from this one on: for several processes to share the work.
 
     Returns:
         How many launches were compiled; 0 on a CPU.
@@ -92,7 +101,7 @@ def prepare(device: torch.device, op: str, dtype: str, n: int, forward: LaunchCo
     if device.type != "cuda":
         return 0
     with torch.cuda.device(device):
-        found = proof_launches(op, dtype, n, forward, backward, _processors(device))
+        found = proof_launches(op, dtype, n, forward, backward, _processors(device))[part::parts]
         for function, grid, arguments, passed in found:
             function.warmup(*arguments, grid=grid, **passed)
     return len(found)

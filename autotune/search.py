@@ -71,6 +71,9 @@ AT_A_TIME = 16
 ITEM = 24
 """Groups in an item, at most. They are proved together, while nothing is timed."""
 
+PROOF_PARTS = 7
+"""Requests in which the launches of a proof are compiled, which are as many."""
+
 SURELY_FASTER = 0.98
 """Where both directions are below this share of the default's time, the default is not proved unless it is taken after all."""
 
@@ -347,6 +350,7 @@ class _Search:
         self.chosen: dict[Key, LaunchConfig] = {}
         self.found: dict[Key, LaunchConfig] = {}
         self.phases: Counter[str] = Counter()
+        self.prepared: set[tuple[Any, ...]] = set()
 
     # progress
 
@@ -489,15 +493,18 @@ class _Search:
     # 1. and 2.: the search
 
     def ahead(self, position: int, step: int) -> None:
-        """Compiles where the searches of an item will begin, and then those of the item that is likely to be the next here."""
+        """Compiles where the searches of an item will begin, then what the proofs of its defaults launch, for most of them are
+        needed, and then where the searches of the item begin that is likely to be the next here."""
         if self.backend == "cpu":
             return
-        for priority, items in ((1, self.items[position : position + 1]), (2, self.items[position + step : position + step + 1])):
+        for priority, items in ((1, self.items[position : position + 1]), (3, self.items[position + step : position + step + 1])):
             for group in (one for item in items for one in item if self.journal.get("group", one.label()) is None):
-                for direction in DIRECTIONS:
-                    track = self.track(group, direction)
+                tracks = [self.track(group, direction) for direction in DIRECTIONS]
+                for track in tracks:
                     for config in dict.fromkeys([track.default, *self.seeds(track)]):
                         self.compile(track, config, priority)
+                if priority == 1:
+                    self.prepare_pair(group, [track.default for track in tracks], 2)
 
     def compile(self, track: Track, config: LaunchConfig, priority: int) -> Future[Compiled]:
         name = _candidate_name(track.key, config)
@@ -560,11 +567,18 @@ class _Search:
     def prepare(self, hunt: Hunt) -> None:
         """Compiles what the proofs of a group will launch, while others are still searched."""
         tracks = list(hunt.tracks.values())
-        if self.backend == "cpu" or self.workers == 0 or not all(track.ranked for track in tracks):
+        if all(track.ranked for track in tracks):
+            self.prepare_pair(hunt.group, [track.ranked[0] for track in tracks], 1)
+
+    def prepare_pair(self, group: Group, pair: Sequence[LaunchConfig], priority: int) -> None:
+        """In parts, so that what is asked for meanwhile does not wait long for a process."""
+        if self.backend == "cpu" or self.workers == 0 or (group, *pair) in self.prepared:
             return
-        group, best, defaults = hunt.group, [track.ranked[0] for track in tracks], [track.default for track in tracks]
-        for pair in [best, defaults] if self.default_needed(hunt, best) else [best]:
-            self.pool.submit(prepare_request(group.op, group.dtype, group.n, *pair), 1)
+        self.prepared.add((group, *pair))
+        forward, backward = pair
+        for part in range(PROOF_PARTS):
+            request = prepare_request(group.op, group.dtype, group.n, forward, backward, part, PROOF_PARTS)
+            self.pool.submit(request, priority)
 
     def default_needed(self, hunt: Hunt, chosen: Sequence[LaunchConfig]) -> bool:
         """Whether the default may be taken in the end, so that it has to be proved."""

@@ -70,7 +70,7 @@ class Plan:
     contenders: int = 8
     contender_rounds: int = 6
     tie: float = 1.003
-    doubts: int = 3
+    doubts: int = 6
     doubt_rounds: int = 8
 
 

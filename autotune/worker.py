@@ -268,10 +268,10 @@ def compile_request(key: Key, config: LaunchConfig, is_default: bool) -> Json:
     return {"do": "compile", "key": key._asdict(), "config": config.to_json(), "is_default": is_default}
 
 
-def prepare_request(op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig) -> Json:
-    """Compiles what a proof launches; answered by ``{"launches": how many}``."""
+def prepare_request(op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig, part: int, parts: int) -> Json:
+    """Compiles what a proof launches, one of so many parts of it; answered by ``{"launches": how many}``."""
     pair = {"forward": forward.to_json(), "backward": backward.to_json()}
-    return {"do": "prepare", "op": op, "dtype": dtype, "n": n, **pair}
+    return {"do": "prepare", "op": op, "dtype": dtype, "n": n, **pair, "part": part, "parts": parts}
 
 
 WARM = {"do": "warm"}
@@ -348,7 +348,8 @@ class Service:
         from .binaries import prepare
 
         forward, backward = (LaunchConfig.from_json(request[name]) for name in ("forward", "backward"))
-        return {"launches": prepare(self.device, request["op"], request["dtype"], request["n"], forward, backward)}
+        part = request["part"], request["parts"]
+        return {"launches": prepare(self.device, request["op"], request["dtype"], request["n"], forward, backward, *part)}
 
     def _warm(self, request: Json) -> Json:
         if self._cold:
