@@ -217,7 +217,9 @@ class Replayed:
     path: list[tuple[int, LaunchConfig]]
 
 
-def ours(recorded: Recorded, rounds: int, seed: int, hints: Sequence[LaunchConfig] = (), plan: Plan = FULL) -> Replayed:
+def ours(
+    recorded: Recorded, rounds: int, seed: int, hints: Sequence[LaunchConfig] = (), plan: Plan = FULL, follows: bool = False
+) -> Replayed:
     """Our search, and the final between the default and what was found.
 
     Args:
@@ -226,10 +228,13 @@ def ours(recorded: Recorded, rounds: int, seed: int, hints: Sequence[LaunchConfi
         seed: of the order of the rounds.
         hints: what neighbouring keys use.
         plan: how much is asked for.
+        follows: whether the shape was searched in another dtype before.
     """
     draw = Draw(recorded, rounds, seed)
     path: list[tuple[int, LaunchConfig]] = []
-    race = strategies.local_race(recorded.default, recorded.seeds, recorded.candidates, hints, plan)
+    plan = strategies.after(plan) if follows else plan
+    seeds = () if plan == strategies.HINTED else recorded.seeds
+    race = strategies.local_race(recorded.default, seeds, recorded.candidates, hints, plan)
     chosen = _followed(race, recorded, draw, path).ranked[0]
     if recorded.same[chosen] == recorded.same[recorded.default]:
         chosen = recorded.default
@@ -360,7 +365,8 @@ def run(recording: Recording, seeds: int = 10, names: Sequence[str] | None = Non
             for name in names:
                 tally = tallies[name]
                 if name in OURS:
-                    found = ours(one, rounds, seed, space.hints(one.key, chosen[name]), OURS[name])
+                    follows = one.key._replace(dtype=recording.keys[0].key.dtype) in chosen[name]
+                    found = ours(one, rounds, seed, space.hints(one.key, chosen[name]), OURS[name], follows)
                     chosen[name][one.key] = found.chosen
                     launches = launches or found.launches
                     tally.found[one.key].append(found)

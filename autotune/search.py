@@ -463,13 +463,17 @@ class _Search:
             return []
         return space.seeds(track.key, self.backend)
 
-    def hinted(self, track: Track) -> bool:
-        """Whether a quick search of this shape is left at what was found for the first dtype."""
+    def follows(self, track: Track) -> bool:
+        """Whether this shape is searched in another dtype first."""
         first = self.first(track.key)
-        if self.effort != "quick" or self.backend != "triton" or first == track.key:
+        if self.backend != "triton" or first == track.key or track.known is not None:
             return False
         # what another process found is not known here
         return first in self.found or (self.crew is None and any(first == one.key(first.direction) for one in self.groups))
+
+    def hinted(self, track: Track) -> bool:
+        """Whether a quick search of this shape is left at what was found for the first dtype."""
+        return self.effort == "quick" and self.follows(track)
 
     def first(self, key: Key) -> Key:
         """The key of the same shape in the dtype that is tuned first."""
@@ -606,7 +610,7 @@ class _Search:
         for direction, track in tracks.items():
             self.show(track, "searching", (None, None))
             hints = self.hints(track)
-            plan = strategies.HINTED if self.hinted(track) else self.plan.search
+            plan = strategies.after(self.plan.search) if self.follows(track) else self.plan.search
             search = strategies.local_race(track.default, self.seeds(track), self.space_of(track), hints, plan)
             with contextlib.suppress(strategies.DefaultFailed):
                 found = yield from _tagged(direction, search)

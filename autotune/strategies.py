@@ -75,9 +75,18 @@ class Plan:
 
 
 QUICK = Plan(every_shape=False, centres=1, refinements=1, contenders=4, contender_rounds=5, doubts=1)
-HINTED = replace(QUICK, refinements=0)
-"""Where another dtype was searched at the same shape: what it uses is timed against the default, and no more is compiled."""
 FULL = Plan()
+HINTED = replace(QUICK, refinements=0)
+NEARBY = replace(FULL, every_shape=False)
+
+
+def after(plan: Plan) -> Plan:
+    """The plan of a key whose shape was searched by ``plan`` in another dtype.
+
+    After a quick search what was found there is timed against the default, and no more is compiled; after a full one the search
+    begins at that and beside the default instead of with all shapes.
+    """
+    return HINTED if plan == QUICK else NEARBY if plan == FULL else plan
 
 
 # --- the space -------------------------------------------------------------------------------------------------------

@@ -155,7 +155,8 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
         rows, warps = 2 * rows, 2
     # a thread that iterates on many scores takes so many registers that few programs run side by side
     held = rows * key.n // (32 * warps)
-    limit = 128 if key.op == "coordinate_descent" and words == 1 and 32 <= held <= 64 else 0
+    most = 32 if key.direction == "backward" else 64
+    limit = 128 if key.op == "coordinate_descent" and words == 1 and 32 <= held <= most else 0
     return LaunchConfig("resident", key.n, rows, warps, 1, segments, max_registers=limit)
 
 
@@ -163,9 +164,9 @@ def _per_thread(key: Key, words: int) -> int:
     """Scores a thread of a resident row: the more, the less is done twice; the fewer, the more threads share the latency."""
     if words == 2:
         return 16 if key.op == "coordinate_descent" or key.direction == "forward" else 8
-    if key.direction == "backward":
-        return 32 if key.op == "coordinate_descent" else 8
     many = key.rows * key.n > 1 << 19
+    if key.direction == "backward":
+        return 8 if key.op == "soft_topk" else 64 if many and key.n >= 8192 else 32
     return 64 if many and (key.n >= 2048 or key.op == "coordinate_descent") else 32
 
 
