@@ -15,11 +15,13 @@ combinations that do not exist, so what it proposes stands for the nearest candi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib.util
 import logging
 import random
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +37,10 @@ Cost = Callable[[LaunchConfig], "float | None"]
 
 _PATIENCE = 10_000
 """A search ends when it asked so many times in a row for what it knows: some go round for ever in a space that they know."""
+
+_SILENCE = 3.0
+"""Seconds without a question after which a search is ended: some go round for ever without one, such as a genetic algorithm whose
+population has become one candidate."""
 
 _TINY = 4
 """Of fewer candidates than these all are evaluated: some strategies fail where there is nothing to vary."""
@@ -101,7 +107,7 @@ def search(name: str, candidates: Sequence[LaunchConfig], cost: Cost, evaluation
         raise ValueError(f"{len(candidates)} candidates and {evaluations} evaluations: at least one of each is needed")
     run = _strategy(name)
     evaluator = _Evaluator(candidates, cost, evaluations)
-    with _seeded(seed), contextlib.suppress(_Done):
+    with _seeded(seed), contextlib.suppress(_Done), _watched(evaluator):
         if len(evaluator.points) < _TINY:
             for point in evaluator.points:
                 evaluator.ask(point)
@@ -131,6 +137,7 @@ class _Evaluator:
     Attributes:
         parameters: for each field that varies, its values in ascending order (None first).
         points: the candidates, by the values of these fields.
+        asked: how often the strategy asked for one.
     """
 
     def __init__(self, candidates: Sequence[LaunchConfig], cost: Cost, evaluations: int) -> None:
@@ -144,6 +151,7 @@ class _Evaluator:
         self._cost = cost
         self._known: dict[tuple[Any, ...], float | None] = {}
         self._repeated = 0
+        self.asked = 0
 
     @property
     def done(self) -> int:
@@ -152,6 +160,7 @@ class _Evaluator:
 
     def ask(self, point: tuple[Any, ...]) -> float | None:
         """The cost of a candidate, None if it is invalid. Ends the search if nothing can be evaluated after it."""
+        self.asked += 1
         if point in self._known:
             self._repeated += 1
             if self._repeated >= _PATIENCE:
@@ -169,6 +178,31 @@ class _Evaluator:
         if not valid:
             raise ValueError(f"none of the {self.done} candidates that were evaluated is valid")
         return self.points[min(valid, key=lambda point: valid[point])]
+
+
+@contextlib.contextmanager
+def _watched(evaluator: _Evaluator) -> Iterator[None]:
+    """Raises _Done in this thread once the strategy has not asked for anything for :data:`_SILENCE` seconds."""
+    thread, over, lock = threading.get_ident(), threading.Event(), threading.Lock()
+
+    def watch() -> None:
+        asked = -1
+        while not over.wait(_SILENCE):
+            if evaluator.asked == asked:
+                with lock:
+                    if not over.is_set():
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Done))
+                return
+            asked = evaluator.asked
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over.set()
+        watcher.join()
 
 
 @contextlib.contextmanager

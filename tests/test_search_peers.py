@@ -134,3 +134,17 @@ def test_unknown_names_are_refused():
     pytest.importorskip("helion")
     with pytest.raises(ValueError, match="no strategy 'brute_force'"):
         peers.search("brute_force", SPACE, cost, 5, 0)
+
+
+def test_a_strategy_that_goes_round_without_a_question_is_ended(monkeypatch):
+    """As Kernel Tuner's genetic algorithm did, whose population had become one candidate."""
+    candidates = [LaunchConfig("resident", 1024, num_warps=warps) for warps in (1, 2, 4, 8, 16)]
+
+    def forever(name, evaluator, seed):
+        evaluator.ask(next(iter(evaluator.points)))
+        while True:
+            pass
+
+    monkeypatch.setattr(peers, "_strategy", lambda name: forever)
+    monkeypatch.setattr(peers, "_SILENCE", 0.1)
+    assert peers.search("some", candidates, lambda config: float(config.num_warps), 5, 0) == candidates[0]
