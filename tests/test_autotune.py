@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -602,3 +603,33 @@ def test_the_benchmark_measures_the_tuned_operators(quick, monkeypatch):
     ours = [row for row in result["results"] if row["implementation"] == "coordroute" and row["direction"] == "forward"]
     assert ours and all(row["status"] == "ok" and row["median_us"] > 0 for row in ours)
     json.dumps(result)
+
+
+# --- the last race ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("finals", "expected", "races"),
+    [
+        ([(9.0, 10.0)], 0.9, 1),
+        ([(9.0, 17.0), (9.0, 10.0)], 0.9, 2),  # the default was slow as it was prepared first
+        ([(17.0, 10.0), (9.0, 10.0)], 1.7, 2),  # in doubt for the default
+        ([(9.0, 17.0), (9.0, 16.0)], 9 / 16, 2),  # so it is
+    ],
+)
+def test_a_last_race_that_is_far_from_the_search_is_run_again_and_the_less_favourable_counts(finals, expected, races):
+    default, config = (LaunchConfig("resident", 1024, num_warps=warps) for warps in (4, 8))
+    track = search.Track(Key("soft_topk", "forward", "float32", 4, 1024), default, None)
+    for one, us in ((default, 10.0), (config, 9.0)):
+        track.candidates[one] = search.Candidate(one, "timed", median_us=us)
+    names: list[str] = []
+
+    def last_race(track, config, again):
+        names.append(again)
+        ours, its = finals[len(names) - 1]
+        return {config: timing.Timed([ours] * 3, ""), default: timing.Timed([its] * 3, "")}
+
+    stub = types.SimpleNamespace(last_race=last_race)
+    found = search._Search.settled_race(stub, track, config, "")  # type: ignore[arg-type]
+    assert found[config].median_us / found[default].median_us == pytest.approx(expected)
+    assert len(names) == len(set(names)) == races
