@@ -604,6 +604,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--rounds", metavar="N", type=_whole(2), default=140, help=text)
     text = "shapes between those that are tuned: how well does the entry of another shape serve them?"
     one.add_argument("--between", action="store_true", help=text)
+    text = "begin no key after N seconds, and keep those that were timed (default: all keys, however long they take)"
+    one.add_argument("--seconds", metavar="N", type=_whole(1), help=text)
     add_json(one)
 
     one = add(
@@ -897,9 +899,10 @@ def _exhaust(arguments: argparse.Namespace) -> int:
             if crew is not None:
                 device = _own_device(arguments, device, crew)
                 if crew.rank > 0:
-                    exhaust.run(device, arguments.rounds, between=arguments.between, crew=crew)
+                    exhaust.run(device, arguments.rounds, between=arguments.between, seconds=arguments.seconds, crew=crew)
                     return OK
-            data = exhaust.run(device, arguments.rounds, progress, between=arguments.between, crew=crew)
+            rest: dict[str, Any] = {"between": arguments.between, "seconds": arguments.seconds, "crew": crew}
+            data = exhaust.run(device, arguments.rounds, progress, **rest)
     except worker.WorkerError as error:
         raise Problem(_one_line(error), CHECK_FAILED) from error
     _finish(arguments, data, lambda: _show_exhaust(data))
@@ -935,6 +938,8 @@ def _show_exhaust(data: Mapping[str, Any]) -> Iterator[str]:
     columns = [("key", "left"), ("candidates", "right"), ("dropped", "left"), ("default µs", "right"), ("best µs", "right")]
     columns += [("default ÷ best", "right"), ("serving ÷ best", "right"), ("best", "fold")]
     yield _table(f"all candidates, {data['device']['name']}, {data['rounds']} rounds", columns, rows)
+    if data["left_out"]:
+        yield f"{_count(data['left_out'], 'key')} left out: no time was left."
     served = sorted(float(row[6][:-1]) for row in rows if row[6] != "-")
     if served:
         yield (

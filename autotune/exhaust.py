@@ -68,6 +68,7 @@ def run(
     chosen: Sequence[Key] | None = None,
     workers: int | None = None,
     seed: int = 0,
+    seconds: float | None = None,
     crew: Crew | None = None,
 ) -> dict[str, Any]:
     """Compiles and times all candidates of some keys. Nothing is verified and nothing is tuned.
@@ -80,6 +81,7 @@ def run(
         chosen: the keys, with the sizes as they are; None is :func:`keys`.
         workers: processes that compile; None is what a search has. 0 does everything in this process.
         seed: of the inputs.
+        seconds: no key is begun after so long, and the result has those that were; None for no limit. The first is begun anyway.
         crew: the processes to share the work with.
 
     Returns:
@@ -103,17 +105,25 @@ def run(
             spent = time.monotonic() - begin
             progress(len(todo), done, text, spent / done * (len(todo) - done) if done else None)
 
+    def late() -> bool:
+        return seconds is not None and time.monotonic() - begin > seconds
+
     with contextlib.ExitStack() as stack:
         pool, timer = processes(stack, device, workers, seed, SAMPLE_US)
         if crew is None:
             futures = [_compiled(pool, key, device) for key in todo]
             for done, key in enumerate(todo):
+                if done and late():
+                    break
                 say(f"timing {label(key)}", done)
                 results.append(_timed(timer, key, device, futures[done], rounds))
         else:
             crew.agree("keys", json.dumps([todo, rounds]))
             done, ahead = 0, dict[int, list[Compiling]]()
             while (i := crew.claim(len(todo))) is not None:
+                if done and late():
+                    crew.finish(i, "null")
+                    continue
                 say(f"timing {label(todo[i])}", done)
                 # and what is likely to come next here is compiled while this is timed
                 for one in range(i, min(i + AHEAD * crew.world_size + 1, len(todo)), crew.world_size):
@@ -121,7 +131,7 @@ def run(
                         ahead[one] = _compiled(pool, todo[one], device)
                 crew.finish(i, json.dumps(_timed(timer, todo[i], device, ahead.pop(i), rounds)))
                 done = i + 1
-            results = [json.loads(text) for text in crew.results(len(todo))]
+            results = [found for text in crew.results(len(todo)) if (found := json.loads(text)) is not None]
     say("done", len(todo))
     return {
         "schema": 1,
@@ -131,6 +141,7 @@ def run(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - begin, 1),
         "rounds": rounds,
+        "left_out": len(todo) - len(results),
         "method": (
             f"every candidate of a key in every round, in rotating order; a sample lasts at least {SAMPLE_US:.0f} us and is "
             "measured as the tuner measures: a CUDA graph of batched calls over input sets that keep the L2 cold, on a CPU a loop"

@@ -40,6 +40,13 @@ def test_every_candidate_of_a_key_is_timed(few):
     assert [report[:2] for report in seen] == [(1, 0), (1, 1)]
 
 
+def test_what_no_time_is_left_for_is_left_out_and_counted(few):
+    keys = [KEY, KEY._replace(direction="backward")]
+    data = exhaust.run("cpu", 2, chosen=keys, workers=0, seconds=1e-9)
+    assert [key["key"] for key in data["keys"]] == [KEY._asdict()] and data["left_out"] == 1
+    assert exhaust.run("cpu", 2, chosen=keys, workers=0)["left_out"] == 0
+
+
 def test_replay_reads_what_exhaust_writes(few, tmp_path):
     path = tmp_path / "exhaustive.json"
     path.write_text(json.dumps(exhaust.run("cpu", 4, chosen=[KEY], workers=0)))
