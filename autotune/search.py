@@ -500,8 +500,11 @@ class _Search:
     # 1. and 2.: the search
 
     def ahead(self, position: int, step: int) -> None:
-        """Compiles where the searches of an item will begin, then what the proofs of its defaults launch, for most of them are
-        needed, and then where the searches of the item begin that is likely to be the next here."""
+        """Compiles where the searches of an item will begin, then what the proofs launch that are likely to be needed, and then
+        where the searches of the item begin that is likely to be the next here.
+
+        These are proofs of the defaults, or of what an earlier run has chosen.
+        """
         if self.backend == "cpu":
             return
         for priority, items in ((1, self.items[position : position + 1]), (3, self.items[position + step : position + step + 1])):
@@ -511,7 +514,8 @@ class _Search:
                     for config in dict.fromkeys([track.default, *self.seeds(track)]):
                         self.compile(track, config, priority)
                 if priority == 1:
-                    self.prepare_pair(group, [track.default for track in tracks], 2)
+                    known = [track.known for track in tracks if track.known is not None]
+                    self.prepare_pair(group, known if len(known) == 2 else [track.default for track in tracks], 2)
 
     def compile(self, track: Track, config: LaunchConfig, priority: int) -> Future[Compiled]:
         name = _candidate_name(track.key, config)
@@ -588,10 +592,20 @@ class _Search:
             self.pool.submit(request, priority)
 
     def default_needed(self, hunt: Hunt, chosen: Sequence[LaunchConfig]) -> bool:
-        """Whether the default may be taken in the end, so that it has to be proved."""
+        """Whether the pair of defaults may well be taken in the end, so that it is proved with the others.
+
+        A direction that has the default anyway is proved with the pair that was chosen. What was chosen in an earlier run beat
+        the default there.
+        """
+        tracks = list(hunt.tracks.values())
+        if all(config == track.default for track, config in zip(tracks, chosen, strict=True)):
+            return True
+        if all(track.known is not None for track in tracks):
+            return False
         return not all(
-            track.ratios.get(space.with_segments(config, track.default.checkpoint_segments), 1.0) < SURELY_FASTER
-            for track, config in zip(hunt.tracks.values(), chosen, strict=True)
+            config == track.default
+            or track.ratios.get(space.with_segments(config, track.default.checkpoint_segments), 1.0) < SURELY_FASTER
+            for track, config in zip(tracks, chosen, strict=True)
         )
 
     def hunt(self, group: Group, left: int) -> Hunt:
@@ -764,7 +778,13 @@ class _Search:
                 go_on(name, self.proved(text, future))
         self.spent("prove", begin)
         begin = time.monotonic()
-        found = {name: self.final(hunts[name], pair) for name, pair in pairs.items()}
+        raced = {name: self.final(hunts[name], pair, "") for name, pair in pairs.items()}
+        # where a default is to be shipped after all it is proved first, and then timed again
+        late = {name: self.late_proof(hunts[name]) for name, pair in pairs.items() if self.unproved(hunts[name], pair, raced[name])}
+        for name, default in [(name, proof()) for name, proof in late.items()]:  # nothing is timed before all have ended
+            pairs[name] = pairs[name]._replace(default=default)
+            raced[name] = self.final(hunts[name], pairs[name], " again")
+        found = {name: self.settled(hunts[name], pair, raced[name]) for name, pair in pairs.items()}
         self.spent("last race", begin)
         return found
 
@@ -804,30 +824,49 @@ class _Search:
 
     # 4. the last race
 
-    def final(self, hunt: Hunt, pair: _Pair) -> list[Json]:
-        """A race of what was proved and the default, on fresh samples."""
-        tracks, group = hunt.tracks, hunt.group
-        configs = dict(zip(DIRECTIONS, (pair.one, pair.two), strict=True))
-        timed: dict[str, dict[LaunchConfig, timing.Timed]] = {}
-        taken: dict[str, bool] = {}
-        for again in ("", " again"):
-            for direction, track in tracks.items():
-                timed[direction] = self.settled_race(track, configs[direction], again)
-                taken[direction] = self.beats(timed[direction], configs[direction], track.default)
-            if pair.one.checkpoint_segments != tracks["forward"].default.checkpoint_segments:
-                # forward and backward have to agree on the segments: both are taken, or none is
-                taken = dict.fromkeys(taken, self.together(timed, tracks, pair))
-            if pair.default is not None or all(taken.values()):
-                break
-            # a default is to be shipped after all: it is proved first, and then timed again
-            text = json.dumps(self.request(group, *(track.default for track in tracks.values())), sort_keys=True)
-            known = self.journal.get("proved", text)
-            default = self.proved(text, self.pool.submit(json.loads(text), 0)) if known is None else Proved(*known)
-            pair = pair._replace(default=default)
+    def final(self, hunt: Hunt, pair: _Pair, again: str) -> _Raced:
+        """A race of what was chosen and the default, on fresh samples."""
+        tracks, configs = hunt.tracks, pair.configs()
+        timed = {direction: self.settled_race(track, configs[direction], again) for direction, track in tracks.items()}
+        taken = {direction: self.beats(timed[direction], configs[direction], track.default) for direction, track in tracks.items()}
+        if pair.one.checkpoint_segments != tracks["forward"].default.checkpoint_segments:
+            # forward and backward have to agree on the segments: both are taken, or none is
+            taken = dict.fromkeys(taken, self.together(timed, tracks, pair))
+        return _Raced(timed, taken)
+
+    @staticmethod
+    def proof_of(track: Track, direction: str, pair: _Pair, raced: _Raced) -> Proved | None:
+        """What became of the proof of what is to be shipped in one direction; None where there is none yet."""
+        if raced.taken[direction]:
+            return pair.found
+        if (
+            pair.configs()[direction] == track.default
+            and pair.found is not None
+            and not (pair.default and pair.default.status == "ok")
+        ):
+            return pair.found  # the default of this direction, beside what was chosen for the other
+        return pair.default
+
+    def unproved(self, hunt: Hunt, pair: _Pair, raced: _Raced) -> bool:
+        """Whether a default is to be shipped of which there is no proof."""
+        return any(self.proof_of(track, direction, pair, raced) is None for direction, track in hunt.tracks.items())
+
+    def late_proof(self, hunt: Hunt) -> Callable[[], Proved]:
+        """Begins the proof of the pair of defaults; what is returned waits for it."""
+        defaults = [track.default for track in hunt.tracks.values()]
+        text = json.dumps(self.request(hunt.group, defaults[0], defaults[1]), sort_keys=True)
+        known = self.journal.get("proved", text)
+        if known is not None:
+            return lambda: Proved(*known)
+        future = self.pool.submit(json.loads(text), 0)
+        return lambda: self.proved(text, future)
+
+    def settled(self, hunt: Hunt, pair: _Pair, raced: _Raced) -> list[Json]:
+        """What is shipped and told of a group."""
         choices: list[_Choice | None] = []
-        for direction, track in tracks.items():
-            found, config = timed[direction], configs[direction]
-            proved, chosen = (pair.found, config) if taken[direction] else (pair.default, track.default)
+        for direction, track in hunt.tracks.items():
+            found, proved = raced.timed[direction], self.proof_of(track, direction, pair, raced)
+            chosen = pair.configs()[direction] if raced.taken[direction] else track.default
             proof = getattr(proved, direction, None)
             if proof is None or track.default not in found:
                 if proved is not None and proved.status != "ok":
@@ -835,8 +874,8 @@ class _Search:
                 choices.append(None)
             else:
                 choices.append(_Choice(chosen, proof, found[chosen], found[track.default]))
-        self.say(f"tuned {group.label()}", 1)
-        return [self.report(track, choice) for track, choice in zip(tracks.values(), choices, strict=True)]
+        self.say(f"tuned {hunt.group.label()}", 1)
+        return [self.report(track, choice) for track, choice in zip(hunt.tracks.values(), choices, strict=True)]
 
     def settled_race(self, track: Track, config: LaunchConfig, again: str) -> dict[LaunchConfig, timing.Timed]:
         """The last race; where its ratio is far from that of the search, the less favourable of two.
@@ -959,6 +998,16 @@ class _Pair(NamedTuple):
     two: LaunchConfig
     found: Proved | None
     default: Proved | None
+
+    def configs(self) -> dict[str, LaunchConfig]:
+        return dict(zip(DIRECTIONS, (self.one, self.two), strict=True))
+
+
+class _Raced(NamedTuple):
+    """What the last race of a group came to: of each direction the times, and whether what was chosen surely beats the default."""
+
+    timed: dict[str, dict[LaunchConfig, timing.Timed]]
+    taken: dict[str, bool]
 
 
 @dataclass

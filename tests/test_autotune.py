@@ -553,6 +553,27 @@ def test_a_default_is_proved_before_it_is_shipped_after_all(quick, rows, monkeyp
     assert proved == [(1, 1), (default, default)]
 
 
+def test_a_default_of_one_direction_is_proved_beside_what_was_chosen_for_the_other(quick, rows, monkeypatch):
+    """And not beside the other default, which is not shipped."""
+    rows(1)
+    proved = []
+
+    def check(op, device, dtype, n, forward, backward, *rest):
+        proved.append((forward.rows_per_program, backward.rows_per_program))
+        return fake_proof(op, device, dtype, n, forward, backward, None)
+
+    def sample(self, name, configs, rounds, seconds=None):
+        best = 10.0 if " backward " in name else 2.0
+        return {config: [best if config.rows_per_program == 1 else 5.0] * rounds for config in configs}, {}
+
+    monkeypatch.setattr(proof, "check", check)
+    monkeypatch.setattr(timer.Timer, "sample", sample)
+    default = kernel_config.heuristic(SMALL[0].key("forward"), "cpu").rows_per_program
+    assert chosen(run(groups=SMALL[:1])) == [1, default]
+    assert proved == [(1, default)]
+    assert len(store.read(quick).entries) == 2
+
+
 def test_a_search_ends_when_its_time_is_up(quick):
     result = run(seconds=0.0)
     assert result["keys"] == [] and result["dropped"] == {"keys left out: out of time": 4}
@@ -598,7 +619,7 @@ def test_the_benchmark_measures_the_tuned_operators(quick, monkeypatch):
     asked = []
     monkeypatch.setattr(kernel_config, "_lookup", kernel_config._nothing_tuned)
     monkeypatch.setattr(store, "lookup", lambda device, key: asked.append(key))
-    result = benchmark.run("cpu", shapes=((4, 16),), seconds=2.0)
+    result = benchmark.run("cpu", shapes=((4, 16),), seconds=60.0)
     assert Key("soft_topk", "forward", "float32", 4, 16) in asked
     ours = [row for row in result["results"] if row["implementation"] == "coordroute" and row["direction"] == "forward"]
     assert ours and all(row["status"] == "ok" and row["median_us"] > 0 for row in ours)
