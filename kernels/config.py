@@ -140,34 +140,58 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
         # a block of rows that stays in half a MiB of the second-level cache
         rows = max(1, min(256, (1 << 19) // (key.n * itemsize)))
         return LaunchConfig("eager", rows_per_program=rows, checkpoint_segments=segments)
-    # near the best of what `coordroute exhaust` timed on an H100; nothing spills in float32 (kernels/aot.py), but for what a limit
-    # of registers puts away
+    # near the best of what was timed on an H100 (`coordroute exhaust`, `coordroute autotune --effort full`); nothing spills in
+    # float32 (kernels/aot.py), but for what a limit of registers puts away
     words = itemsize // 4
-    longest = MAX_RESIDENT_N // words
-    if key.n > longest or (key.n == longest and (key.rows <= 16 or key.direction == "backward")):
+    if _shared(key, words):
         return _long_rows(key, segments)
     per_thread = _per_thread(key, words)
     # short rows share a program, as long as there are enough of them for all processors
-    rows = max(1, min(32 * per_thread // key.n, next_power_of_2(key.rows) // 256))
+    share = 2048 if (key.op, key.direction) == ("soft_topk", "forward") else 1024
+    rows = max(1, min(32 * per_thread // key.n, next_power_of_2(key.rows) // share))
     warps = min(max(next_power_of_2(rows * key.n // (32 * per_thread)), 1), 32)
     if warps == 1 and rows * key.n >= 128 and key.rows > rows and (key.op, key.direction) == ("soft_topk", "backward"):
         # one pass over the row: programs of one warp are too many
         rows, warps = 2 * rows, 2
     # a thread that iterates on many scores takes so many registers that few programs run side by side
     held = rows * key.n // (32 * warps)
-    most = 32 if key.direction == "backward" else 64
-    limit = 128 if key.op == "coordinate_descent" and words == 1 and 32 <= held <= most else 0
+    limited = held == 32 if key.direction == "backward" else 32 <= held <= 64 and key.rows >= 64
+    limit = 128 if key.op == "coordinate_descent" and words == 1 and limited else 0
     return LaunchConfig("resident", key.n, rows, warps, 1, segments, max_registers=limit)
+
+
+def _many(key: Key) -> bool:
+    """Whether there are more rows than fill the processors."""
+    return key.rows * key.n > 1 << 19
+
+
+def _shared(key: Key, words: int) -> bool:
+    """Whether several programs share a row: it is too long for one, or there are few rows and many processors."""
+    longest = MAX_RESIDENT_N // words
+    if key.direction == "forward":
+        return key.n > longest or (key.n == longest and key.rows <= 16)
+    return key.n >= longest or (key.n >= 16384 and key.rows * key.n <= 1 << 18)
 
 
 def _per_thread(key: Key, words: int) -> int:
     """Scores a thread of a resident row: the more, the less is done twice; the fewer, the more threads share the latency."""
     if words == 2:
         return 16 if key.op == "coordinate_descent" or key.direction == "forward" else 8
-    many = key.rows * key.n > 1 << 19
+    half, cells = key.dtype != "float32", key.rows * key.n
+    # a row is spread over a few threads at least
+    few = max(key.n // (2 if half or key.direction == "forward" else 4), 1)
+    if key.op == "soft_topk":
+        if key.direction == "backward":
+            return min(8, few)
+        long = key.n >= (2048 if _many(key) else 8192)
+        return min(64 if long or (half and cells >= 1 << 23) else 32, few)
+    if not _many(key) and key.n <= 1024:
+        return min(16 if half and key.direction == "backward" else 8, few)
     if key.direction == "backward":
-        return 8 if key.op == "soft_topk" else 64 if many and key.n >= 8192 else 32
-    return 64 if many and (key.n >= 2048 or key.op == "coordinate_descent") else 32
+        return min(64 if _many(key) and key.n >= 8192 else 32, few)
+    if key.n < 2048:
+        return min(64 if cells >= 1 << 21 else 32, few)
+    return 64 if _many(key) or key.n >= 8192 else 32
 
 
 PROCESSORS = 132
@@ -182,20 +206,25 @@ def side_by_side(rows: int) -> int:
 def _long_rows(key: Key, segments: int | None) -> LaunchConfig:
     """Rows that are too long for one program, or few enough to be shared by several."""
     if key.direction == "backward":
-        block, warps = 4096, 16
+        small = key.rows * key.n <= (1 << 19 if key.op == "coordinate_descent" else 1 << 18)
         if key.op == "coordinate_descent":
-            block, warps = (4096, 4) if key.n >= 1 << 20 else (2048, 4)
+            block, warps = (1024, 2) if small else (4096, 4)
+        else:
+            block, warps = (1024, 8) if small else (4096, 16)
         if key.dtype == "float64":
             warps = block // 512
         return LaunchConfig("split", block, 1, warps, 1, segments, programs_per_row=min(max(key.n // block, 1), 2048))
     programs = side_by_side(key.rows)
     if programs < 2:
         return LaunchConfig("tiled", 4096, 1, 16, 1, segments)
-    block = min(max(key.n // programs, 2048), 8192)
+    block = min(max(key.n // programs, 1024), 8192)
     if programs * block < key.n:
         # tiles that are read again: more threads, and a program on every processor
         return LaunchConfig("split", block, 1, 16, 1, segments, programs_per_row=PROCESSORS // key.rows)
-    return LaunchConfig("split", block, 1, max(4, block // 2048), 1, segments, programs_per_row=min(programs, key.n // block))
+    warps = block // 2048 if block >= 4096 else block // 1024
+    if key.dtype == "float64":
+        warps = max(4, warps)
+    return LaunchConfig("split", block, 1, warps, 1, segments, programs_per_row=min(programs, key.n // block))
 
 
 def fits(config: LaunchConfig, key: Key, n: int) -> bool:
