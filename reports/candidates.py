@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .evidence import TIMED, Json, usable
+from .evidence import TIMED, Json, form, usable
 
 # --- the landscape ---------------------------------------------------------------------------------------------------
 
@@ -106,6 +106,58 @@ def spread(found: list[Landscape], most: int) -> list[Landscape]:
         key=lambda item: (ops.index(item[1].key["op"]), directions.index(item[1].key["direction"]), item[1].key["n"], item[0])
     )
     return [one for _, one in taken]
+
+
+# --- fewer configurations --------------------------------------------------------------------------------------------
+
+FEWER = (8, 16, 24, 32)
+
+
+class Fewer(NamedTuple):
+    """What it would cost an operator to be left with so many forms of configurations: shares by which its keys would be slower."""
+
+    forms: int
+    median: float
+    p95: float
+    worst: float
+
+
+def fewer(keys: list[Json], counts: tuple[int, ...] = FEWER) -> list[Fewer]:
+    """The cost of being left with few forms, chosen one after the other by what each saves; of the keys of one operator.
+
+    By the medians of the search, of candidates with as many checkpoint segments as the default. A key that a form was not timed for
+    cannot be served by it. A count at which some key is not served at all is left out.
+    """
+    slower = []
+    for key in keys:
+        times: dict[object, float] = {}
+        told = [one for one in key["candidates"] if "config" in one]
+        for one in told:
+            same = one["config"]["checkpoint_segments"] == told[0]["config"]["checkpoint_segments"]
+            if same and one["status"] == TIMED and usable(one.get("median_us")):
+                name = form(one["config"])
+                times[name] = min(times.get(name, math.inf), one["median_us"])
+        if times:
+            slower.append({name: time / min(times.values()) - 1 for name, time in times.items()})
+    every = sorted({name for one in slower for name in one}, key=str)
+    cost, chosen, found = [_UNSERVED] * len(slower), set[object](), []
+    while len(chosen) < min(len(every), max(counts)):
+        best = min((name for name in every if name not in chosen), key=lambda name: sum(_left(cost, slower, name)))
+        chosen.add(best)
+        cost = _left(cost, slower, best)
+        if len(chosen) in counts and cost and max(cost) < _UNSERVED:
+            ordered = sorted(cost)
+            p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
+            found.append(Fewer(len(chosen), statistics.median(ordered), p95, ordered[-1]))
+    return found
+
+
+_UNSERVED = 3.0
+"""What a key counts that no form serves, when the next one is chosen: more than any that is served."""
+
+
+def _left(cost: list[float], slower: list[dict[object, float]], name: object) -> list[float]:
+    return [min(now, one.get(name, _UNSERVED)) for now, one in zip(cost, slower, strict=True)]
 
 
 TRANSFER_GOAL = 1.05

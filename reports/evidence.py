@@ -782,22 +782,19 @@ def configurations(autotune: Json) -> dict[str, list[Json]]:
     return {op: sorted(of_op, key=lambda one: -int(one["keys"])) for op, of_op in found.items()}
 
 
-def forms(configs: list[Json]) -> int:
-    """How many of these configurations differ in more than the length they are for.
+def form(config: Json) -> tuple[tuple[str, Any], ...]:
+    """A configuration without what follows from the length of the row: configurations of one form are one choice.
 
     A resident row's block is its length, and it has warps by the scores that a thread holds; how many programs share a row is its
     length by what each of them has of it.
     """
-    found = set()
-    for config in configs:
-        form = dict(config)
-        if config["variant"] == "resident":
-            form["num_warps"] = config["rows_per_program"] * config["block"] / max(config["num_warps"], 1)
-            form["block"] = None
-        elif config["variant"] == "split":
-            form["programs_per_row"] = None
-        found.add(tuple(sorted(form.items(), key=str)))
-    return len(found)
+    found = dict(config)
+    if config["variant"] == "resident":
+        found["num_warps"] = config["rows_per_program"] * config["block"] / max(config["num_warps"], 1)
+        found["block"] = None
+    elif config["variant"] == "split":
+        found["programs_per_row"] = None
+    return tuple(sorted(found.items()))
 
 
 # --- the verification ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections import Counter
 from . import evidence as evidence_module
 from . import plots, text
 from .blocks import Block, Cell, Column, Heading, Names, Plot, Plots, Table, Words
-from .candidates import NEAR, TRANSFER_GOAL, Goal, Landscape, goals, landscapes, spread
+from .candidates import NEAR, TRANSFER_GOAL, Goal, Landscape, fewer, goals, landscapes, spread
 from .evidence import Json, KeyGroup
 
 # --- what was chosen -------------------------------------------------------------------------------------------------
@@ -103,13 +103,30 @@ def _distinct(autotune: Json) -> list[Block]:
     rows = []
     for op, configs in found.items():
         row = [Cell(op), Cell(text.count(sum(one["keys"] for one in configs))), Cell(text.count(len(configs)), tone="strong")]
-        row += [Cell(text.count(evidence_module.forms([one["config"] for one in configs])), tone="strong")]
+        row += [Cell(text.count(len({evidence_module.form(one["config"]) for one in configs})), tone="strong")]
         rows.append([*row, Cell(configuration(configs[0]["config"])), Cell(text.count(configs[0]["keys"]))])
     note = (
         "Whatever the length: a resident row's block is its length, and its warps are counted by the scores a thread; of rows that "
         "are shared, the programs a row are left out."
     )
-    return [Table("Distinct configurations", columns, rows, [("", note)])]
+    return [Table("Distinct configurations", columns, rows, [("", note)]), *_fewer(autotune)]
+
+
+def _fewer(autotune: Json) -> list[Block]:
+    """What it would cost to have fewer of them; nothing where the file does not say what was timed."""
+    columns = [Column("operator", False), Column("configurations", sub="whatever the length")]
+    columns += [Column("slower", sub="median key"), Column("slower", sub="p95"), Column("slower", sub="worst")]
+    rows = []
+    for op in dict.fromkeys(key["key"]["op"] for key in autotune["keys"]):
+        for one in fewer([key for key in autotune["keys"] if key["key"]["op"] == op]):
+            rows.append([Cell(op), Cell(text.count(one.forms)), *(Cell(text.fine(cost)) for cost in one[1:])])
+    if not rows:
+        return []
+    note = (
+        "Than the fastest candidate of each key, by the medians of the search. The configurations are chosen one after the other "
+        "by what each saves, among all that were timed."
+    )
+    return [Table("What fewer configurations would cost", columns, rows, [("", note)])]
 
 
 def _keys_table(group: KeyGroup) -> Table:

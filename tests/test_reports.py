@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 from coordroute.autotune import targets
-from coordroute.reports import comparison, evidence, markdown, plots, summary, text, tuning
+from coordroute.reports import candidates, comparison, evidence, markdown, plots, summary, text, tuning
 from coordroute.reports.render import render
 
 DEVICE = {
@@ -1150,3 +1150,20 @@ def test_an_upgrade_is_compared_with_the_search_by_the_time_of_all_gpus(tmp_path
     render(tmp_path / "in", tmp_path / "out")
     said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "without a search in 10 groups of 10" in said and f"at most 10 % is the goal: {verdict}" in said
+
+
+def test_what_fewer_configurations_would_cost():
+    """Two keys, the fastest of each of another form; one form serves both, 10 % slower than the best of the second."""
+
+    def key(n, times):
+        candidates = [
+            {"config": launch(n, warps * n // 1024), "status": "timed", "median_us": time} for warps, time in times.items()
+        ]
+        return {"key": {"op": "soft_topk", "n": n}, "candidates": candidates}
+
+    keys = [key(1024, {4: 10.0, 8: 20.0}), key(2048, {4: 11.0, 8: 10.0})]
+    one, two = candidates.fewer(keys, (1, 2))
+    assert (one.forms, one.median, one.worst) == (1, pytest.approx(0.05), pytest.approx(0.1))
+    assert two == candidates.Fewer(2, 0.0, 0.0, 0.0)
+    # a form that the second key was not timed for leaves it unserved
+    assert candidates.fewer([keys[0], key(2048, {16: 10.0})], (1,)) == []
