@@ -354,6 +354,7 @@ class _Search:
         self.found: dict[Key, LaunchConfig] = {}
         self.phases: Counter[str] = Counter()
         self.prepared: set[tuple[Any, ...]] = set()
+        self.preparing: list[Future[Json | Failure]] = []
 
     # progress
 
@@ -589,7 +590,7 @@ class _Search:
         forward, backward = pair
         for part in range(PROOF_PARTS):
             request = prepare_request(group.op, group.dtype, group.n, forward, backward, part, PROOF_PARTS)
-            self.pool.submit(request, priority)
+            self.preparing.append(self.pool.submit(request, priority))
 
     def default_needed(self, hunt: Hunt, chosen: Sequence[LaunchConfig]) -> bool:
         """Whether the pair of defaults may well be taken in the end, so that it is proved with the others.
@@ -776,6 +777,8 @@ class _Search:
             for future in ready:
                 name, text = pending.pop(future)
                 go_on(name, self.proved(text, future))
+        while self.preparing:
+            self.preparing.pop().cancel()  # what nobody has begun is not needed any more
         self.spent("prove", begin)
         begin = time.monotonic()
         raced = {name: self.final(hunts[name], pair, "") for name, pair in pairs.items()}
