@@ -47,6 +47,35 @@ def test_what_no_time_is_left_for_is_left_out_and_counted(few):
     assert exhaust.run("cpu", 2, chosen=keys, workers=0)["left_out"] == 0
 
 
+class Alone:
+    """A crew of one process, which hands out everything to itself."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self):
+        self.found = {}
+
+    def agree(self, name, text):
+        pass
+
+    def claim(self, number):
+        return len(self.found) if len(self.found) < number else None
+
+    def finish(self, item, text):
+        self.found[item] = text
+
+    def results(self, number):
+        return [self.found[item] for item in range(number)]
+
+
+def test_a_crew_times_the_same_keys_and_leaves_out_what_no_time_is_left_for(few):
+    keys = [KEY, KEY._replace(direction="backward"), KEY._replace(n=60)]
+    data = exhaust.run("cpu", 2, chosen=keys, workers=0, crew=Alone())
+    assert [key["key"] for key in data["keys"]] == [key._asdict() for key in keys] and data["left_out"] == 0
+    data = exhaust.run("cpu", 2, chosen=keys, workers=0, seconds=1e-9, crew=Alone())
+    assert [key["key"] for key in data["keys"]] == [KEY._asdict()] and data["left_out"] == 2
+
+
 def test_replay_reads_what_exhaust_writes(few, tmp_path):
     path = tmp_path / "exhaustive.json"
     path.write_text(json.dumps(exhaust.run("cpu", 4, chosen=[KEY], workers=0)))
