@@ -898,10 +898,10 @@ def _exhaust(arguments: argparse.Namespace) -> int:
         with _crew() as crew, _working(arguments) as progress:
             if crew is not None:
                 device = _own_device(arguments, device, crew)
-                if crew.rank > 0:
-                    exhaust.run(device, arguments.rounds, between=arguments.between, seconds=arguments.seconds, crew=crew)
-                    return OK
             rest: dict[str, Any] = {"between": arguments.between, "seconds": arguments.seconds, "crew": crew}
+            if crew is not None and crew.rank > 0:
+                exhaust.run(device, arguments.rounds, **rest)
+                return OK
             data = exhaust.run(device, arguments.rounds, progress, **rest)
     except worker.WorkerError as error:
         raise Problem(_one_line(error), CHECK_FAILED) from error
@@ -910,6 +910,8 @@ def _exhaust(arguments: argparse.Namespace) -> int:
 
 
 def _show_exhaust(data: Mapping[str, Any]) -> Iterator[str]:
+    from .reports.candidates import quantile
+
     rows = []
     for key in data["keys"]:
         found = [one for one in key["candidates"] if one["status"] == "timed" and one["samples"] is not None]
@@ -940,11 +942,11 @@ def _show_exhaust(data: Mapping[str, Any]) -> Iterator[str]:
     yield _table(f"all candidates, {data['device']['name']}, {data['rounds']} rounds", columns, rows)
     if data["left_out"]:
         yield f"{_count(data['left_out'], 'key')} left out: no time was left."
-    served = sorted(float(row[6][:-1]) for row in rows if row[6] != "-")
+    served = [float(row[6][:-1]) for row in rows if row[6] != "-"]
     if served:
         yield (
             f"What serves such calls takes {statistics.median(served):.3f}x the time of the best at the median,"
-            f" {served[math.ceil(0.95 * len(served)) - 1]:.3f}x at p95, {served[-1]:.3f}x at worst."
+            f" {quantile(served, 0.95):.3f}x at p95, {max(served):.3f}x at worst."
         )
 
 

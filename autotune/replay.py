@@ -24,6 +24,7 @@ from typing import Any
 
 from ..kernels.config import Key, LaunchConfig
 from ..reports import evidence
+from ..reports.candidates import quantile
 from . import peers, space, strategies
 from .strategies import FULL, QUICK, Answer, Found, Plan, Ratios, Search
 
@@ -433,8 +434,11 @@ def _text(name: str) -> str:
     """What a strategy does, in a sentence."""
     if name in OURS:
         plan = OURS[name]
+        begin = (
+            "all shapes of a launch, after the first dtype of what lies beside the default," if plan.every_shape else "a few seeds"
+        )
         return (
-            f"{plan.first_rounds} rounds of a few seeds and of what neighbouring keys use, then of the neighbours of the best "
+            f"{plan.first_rounds} rounds of {begin} and of what neighbouring keys use, then of the neighbours of the best "
             f"{plan.centres}, {plan.refinements} times at most; {plan.contender_rounds} rounds more of the up to {plan.contenders} "
             f"that are close, and {plan.doubt_rounds} of those whose place is in doubt, {plan.doubts} times at most; at last "
             f"{FINAL_ROUNDS} rounds against the default, which stays unless it is surely beaten."
@@ -501,8 +505,3 @@ def _curve(paths: list[list[tuple[float, float]]], end: float) -> list[list[floa
         if share >= end:
             break
     return curve
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The least of the values that so large a share of them does not exceed; none is made up between two."""
-    return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 
 from . import evidence as evidence_module
 from . import plots, text
 from .blocks import Block, Cell, Column, Heading, Names, Plot, Plots, Table, Words
-from .candidates import NEAR, TRANSFER_GOAL, Goal, Landscape, fewer, goals, landscapes, spread
+from .candidates import NEAR, TRANSFER_GOAL, UPGRADE_GOAL, Goal, Landscape, fewer, goals, landscapes, quantile, spread
 from .evidence import Json, KeyGroup
 
 # --- what was chosen -------------------------------------------------------------------------------------------------
@@ -267,39 +266,39 @@ def transfer(between: Json | None) -> list[Block]:
     """What serves at shapes that no key has, beside the best that could; nothing where there is no file."""
     if between is None:
         return []
-    found = [one for one in landscapes(between) if one.serving_over_best is not None]
+    found = [
+        (one, one.best, one.serves, ratio)
+        for one in landscapes(between)
+        if one.best is not None and one.serves is not None and (ratio := one.serving_over_best) is not None
+    ]
     blocks: list[Block] = [Heading("Between the keys", anchor="between")]
     if not found:
         return [*blocks, Words("between.json has no key whose serving configuration was timed.", "missing")]
-    ratios = sorted(float(one.serving_over_best or 0.0) for one in found)
-    p95 = ratios[math.ceil(0.95 * len(ratios)) - 1]
+    ratios = [ratio for *_, ratio in found]
+    p95 = quantile(ratios, 0.95)
     said = (
         f"Every candidate of {text.several(len(found), 'shape')} that no key has was timed, in "
         f"{text.several(between['rounds'], 'round')}. What serves such a call takes {text.times(statistics.median(ratios))} the "
         f"time of the best at the median, {text.times(p95)} at p95 (at most {text.times(TRANSFER_GOAL)} is the goal: "
-        f"{'met' if p95 <= TRANSFER_GOAL else 'missed'}), {text.times(ratios[-1])} at worst."
+        f"{'met' if p95 <= TRANSFER_GOAL else 'missed'}), {text.times(max(ratios))} at worst."
     )
     blocks.append(Words(said, "pass" if p95 <= TRANSFER_GOAL else "fail"))
     columns = [Column("shape", False), Column("best µs"), Column("serves ÷ best"), Column("default ÷ best")]
     columns += [Column("serves", False), Column("best", False)]
     rows = []
-    for one in found:
-        assert one.best is not None and one.serves is not None
-        best = "the same" if one.serving_over_best == 1 else configuration(one.configs[one.best])
+    for one, best, serves, ratio in found:
+        same = ratio == 1
         rows.append(
             [
                 Cell(f"{one.key['op']} {one.key['direction']}", f"{one.key['dtype']} {text.shape(one.key['rows'], one.key['n'])}"),
                 Cell(text.figure(one.best_us)),
-                Cell(text.times(one.serving_over_best), tone="muted" if one.serving_over_best == 1 else "strong"),
+                Cell(text.times(ratio), tone="muted" if same else "strong"),
                 Cell(text.times(one.over_best), tone="muted"),
-                Cell(configuration(one.configs[one.serves])),
-                Cell(best, tone="muted" if one.serving_over_best == 1 else ""),
+                Cell(configuration(one.configs[serves])),
+                Cell("the same" if same else configuration(one.configs[best]), tone="muted" if same else ""),
             ]
         )
     return [*blocks, Table(f"What serves {text.several(len(rows), 'shape')} between the keys", columns, rows)]
-
-
-UPGRADE_GOAL = 0.10
 
 
 def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:

@@ -286,6 +286,19 @@ def speeds(monkeypatch):
 
 
 @pytest.fixture
+def proved(monkeypatch):
+    """The pairs that were proved, forward and backward, each by its rows a program; all proofs hold."""
+    found: list[tuple[int, int]] = []
+
+    def check(op, device, dtype, n, forward, backward, *rest):
+        found.append((forward.rows_per_program, backward.rows_per_program))
+        return fake_proof(op, device, dtype, n, forward, backward, None)
+
+    monkeypatch.setattr(proof, "check", check)
+    return found
+
+
+@pytest.fixture
 def rows(monkeypatch):
     """Sets the candidates of every key: the default with other rows_per_program."""
 
@@ -533,40 +546,28 @@ def test_when_the_default_itself_is_wrong_and_nothing_else_is_right_nothing_is_w
     assert all(key["candidates"][0]["status"] == "wrong" for key in result["keys"])
 
 
-def test_a_default_is_proved_before_it_is_shipped_after_all(quick, rows, monkeypatch):
+def test_a_default_is_proved_before_it_is_shipped_after_all(quick, rows, proved, monkeypatch):
     """In the search the other one was surely faster, in the last race it is not."""
     rows(1)
-    proved = []
-
-    def check(op, device, dtype, n, forward, backward, *rest):
-        proved.append((forward.rows_per_program, backward.rows_per_program))
-        return fake_proof(op, device, dtype, n, forward, backward, None)
 
     def sample(self, name, configs, rounds, seconds=None):
         slow = rounds == 7 and " backward " in name
         return {config: [5.0 if config.rows_per_program == 1 and not slow else 10.0] * rounds for config in configs}, {}
 
-    monkeypatch.setattr(proof, "check", check)
     monkeypatch.setattr(timer.Timer, "sample", sample)
     default = kernel_config.heuristic(SMALL[0].key("forward"), "cpu").rows_per_program
     assert chosen(run(groups=SMALL[:1])) == [1, default]
     assert proved == [(1, 1), (default, default)]
 
 
-def test_a_default_of_one_direction_is_proved_beside_what_was_chosen_for_the_other(quick, rows, monkeypatch):
+def test_a_default_of_one_direction_is_proved_beside_what_was_chosen_for_the_other(quick, rows, proved, monkeypatch):
     """And not beside the other default, which is not shipped."""
     rows(1)
-    proved = []
-
-    def check(op, device, dtype, n, forward, backward, *rest):
-        proved.append((forward.rows_per_program, backward.rows_per_program))
-        return fake_proof(op, device, dtype, n, forward, backward, None)
 
     def sample(self, name, configs, rounds, seconds=None):
         best = 10.0 if " backward " in name else 2.0
         return {config: [best if config.rows_per_program == 1 else 5.0] * rounds for config in configs}, {}
 
-    monkeypatch.setattr(proof, "check", check)
     monkeypatch.setattr(timer.Timer, "sample", sample)
     default = kernel_config.heuristic(SMALL[0].key("forward"), "cpu").rows_per_program
     assert chosen(run(groups=SMALL[:1])) == [1, default]
