@@ -33,9 +33,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import coordinate_descent, launch, soft_topk
+from . import coordinate_descent, soft_topk
 from .config import DIRECTIONS, OPS, TUNED_N_ITERS, LaunchConfig, heuristic, make_key
 from .launch import compute_dtypes
+from .launcher import Prepared
 from .rows import LANES_FIRST
 
 _TYPES = {
@@ -121,14 +122,15 @@ def noted(processors: int = PROCESSORS) -> Iterator[list[Noted]]:
     """Inside, launches are noted, not done, as on a GPU of so many multiprocessors. Tensors may be on torch's meta device."""
     found: list[Noted] = []
 
-    def note(function: Any, grid: tuple[int, ...], *arguments: Any, **passed: Any) -> None:
-        found.append(Noted(function, grid, arguments, passed))
+    def note(prepared: Prepared, pointers: tuple[Any, ...], fractions: tuple[float, ...]) -> None:
+        arguments = (*pointers, *fractions, *prepared.numbers)
+        found.append(Noted(prepared.kernel, prepared.grid, arguments, prepared.constants))
 
     with ExitStack() as stack:
         for module in (soft_topk, coordinate_descent):
             stack.enter_context(mock.patch.object(module, "launch", note))
             stack.enter_context(mock.patch.object(module, "cooperative", lambda device: True))
-        stack.enter_context(mock.patch.object(launch, "processors", lambda device: processors))
+            stack.enter_context(mock.patch.object(module, "processors", lambda device: processors))
         yield found
 
 

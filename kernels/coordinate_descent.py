@@ -51,13 +51,14 @@ from .launch import (
     compile_options,
     compute_dtypes,
     cooperative,
+    dtype_of,
     mask_args,
-    on_device,
     positive,
+    processors,
     row_value_args,
     tiles,
 )
-from .launcher import launch
+from .launcher import Prepared, launch
 from .rows import SLOTS, columns, exchange, fold, load_tile, row_max, row_sum, row_sums, row_value, spread
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -156,23 +157,23 @@ def _store_state(states_ptr, rows, stored, n_states, a, bad, dead, live):
 def _iterate(
     scores_ptr,
     k_ptr,
-    k_value: tl.float64,
     mask_ptr,
     lam_ptr,
     starts_ptr,
     states_ptr,
     words_ptr,
     alive_ptr,
+    k_value: tl.float64,
+    eps: tl.float64,
+    eps_init: tl.float64,
+    eps_decay: tl.float64,
+    eps_last: tl.float64,
     n_rows,
     n_cols,
     chunk,
     scores_stride,
     mask_stride,
     k_stride,
-    eps: tl.float64,
-    eps_init: tl.float64,
-    eps_decay: tl.float64,
-    eps_last: tl.float64,
     t_tail,
     n_iters,
     base,
@@ -222,7 +223,8 @@ def _iterate(
     live = rows < n_rows
     # a program's rows beyond the last repeat it, unstored
     rows = tl.minimum(rows, n_rows - 1)
-    words_ptr += group * (RING * SLOTS * PROGRAMS)
+    if PROGRAMS > 1:
+        words_ptr += group * (RING * SLOTS * PROGRAMS)
     start = part * chunk
     end = tl.minimum(start + chunk, n_cols)
     cols = columns(REPS, LANES, VEC)
@@ -479,21 +481,21 @@ def _backward(
     scores_ptr,
     states_ptr,
     k_ptr,
-    k_value: tl.float64,
     mask_ptr,
     dscores_ptr,
     dk_ptr,
+    k_value: tl.float64,
+    eps: tl.float64,
+    eps_init: tl.float64,
+    eps_above: tl.float64,
+    eps_growth: tl.float64,
+    eps_last: tl.float64,
     n_rows,
     n_cols,
     grad_stride,
     scores_stride,
     mask_stride,
     k_stride,
-    eps: tl.float64,
-    eps_init: tl.float64,
-    eps_above: tl.float64,
-    eps_growth: tl.float64,
-    eps_last: tl.float64,
     t_floor,
     n_iters,
     K_IS_TENSOR: tl.constexpr,
@@ -608,11 +610,16 @@ def _backward_shared(
     scores_ptr,
     states_ptr,
     k_ptr,
-    k_value: tl.float64,
     mask_ptr,
     dscores_ptr,
     dk_ptr,
     sums_ptr,
+    k_value: tl.float64,
+    eps: tl.float64,
+    eps_init: tl.float64,
+    eps_above: tl.float64,
+    eps_growth: tl.float64,
+    eps_last: tl.float64,
     n_rows,
     n_cols,
     chunk,
@@ -620,11 +627,6 @@ def _backward_shared(
     scores_stride,
     mask_stride,
     k_stride,
-    eps: tl.float64,
-    eps_init: tl.float64,
-    eps_above: tl.float64,
-    eps_growth: tl.float64,
-    eps_last: tl.float64,
     t_floor,
     n_iters,
     K_IS_TENSOR: tl.constexpr,
@@ -815,8 +817,8 @@ def coordinate_descent_forward(
     """
     n_rows, n_cols = scores.shape
     compute, _ = compute_dtypes(scores.dtype)
-    lam = torch.empty((n_rows, n_cols), dtype=scores.dtype, device=scores.device)
-    states = torch.empty((n_rows, segments), dtype=compute, device=scores.device)
+    lam = scores.new_empty((n_rows, n_cols))
+    states = scores.new_empty((n_rows, segments), dtype=compute)
     _launch_iterate(scores, k, mask, n_iters, eps, eps_init, eps_decay, clamp_k, segments, config, lam, states, None)
     return lam, states
 
@@ -838,76 +840,90 @@ def _launch_iterate(
 ) -> None:
     """The forward, or with ``starts`` [R, segments] the recomputation of all states [R, T] from them."""
     n_rows, n_cols = scores.shape
+    device = scores.device
+    eps, eps_init = positive(eps, states.dtype), positive(eps_init, states.dtype)
+    floor, _, eps_last, t_floor = _landmarks(n_iters, eps, eps_init, eps_decay)
+    k_ptr, k_value, k_stride = row_value_args(k)
+    mask_ptr, mask_stride = mask_args(mask)
+    prepared, programs, ring = _prepare_iterate(
+        config,
+        n_rows,
+        n_cols,
+        scores.dtype,
+        device.index,
+        processors(device),
+        cooperative(device),
+        (scores.stride(0), mask_stride, k_stride),
+        (dtype_of(k_ptr), dtype_of(mask), dtype_of(starts)),
+        clamp_k,
+        max(t_floor, 1),
+        n_iters,
+        segments,
+    )
+    words, alive = None, None
+    if programs > 1:
+        words = scores.new_zeros((n_rows, ring, SLOTS.value, programs), dtype=torch.int64)
+        if not cooperative(device):
+            alive = scores.new_zeros((n_rows, programs), dtype=torch.int32)
+    pointers = (scores, k_ptr, mask_ptr, lam, starts, states, words, alive)
+    schedule = (k_value, floor, eps_init, eps_decay, eps_last)
+    launch(prepared, pointers, schedule)
+    while alive is not None and not bool(alive.all()):
+        launch(prepared, pointers, schedule)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_iterate(
+    config: LaunchConfig,
+    n_rows: int,
+    n_cols: int,
+    dtype: torch.dtype,
+    device: int | None,
+    processors: int,
+    cooperative: bool,
+    strides: tuple[int, int, int],
+    dtypes: tuple[torch.dtype | None, ...],
+    clamp_k: bool,
+    t_tail: int,
+    n_iters: int,
+    segments: int,
+) -> tuple[Prepared, int, int]:
+    """The launch, the number of programs a row, and of exchanges that their words hold.
+
+    ``strides`` are those of scores, mask and k; ``dtypes`` those of k, mask and the starts, None where there is no tensor.
+    """
     check_config("coordinate_descent", config, n_cols)
-    shape = tiles(config, scores)
+    k_is_tensor, has_mask, recompute = (dtype is not None for dtype in dtypes)
+    shape = tiles(config, n_rows, n_cols, dtype.itemsize, processors)
     shared = shape.programs > 1
-    recompute = starts is not None
     if recompute and shared:
         # as many programs as run side by side work on the rows already: one segment, from the start
         segments = 1
-    eps, eps_init = positive(eps, states.dtype), positive(eps_init, states.dtype)
-    floor, _, eps_last, t_floor = _landmarks(n_iters, eps, eps_init, eps_decay)
-    base, remainder = divmod(n_iters, segments)
-    k_ptr, k_value, k_stride = row_value_args(k, scores)
-    mask_ptr, mask_stride = mask_args(mask, scores)
-    stepwise = shared and not cooperative(scores.device)
-    ring = n_iters + 2 if stepwise else 2
-    words = torch.zeros((n_rows, ring, SLOTS.value, shape.programs), dtype=torch.int64, device=scores.device) if shared else states
-    alive = torch.zeros((n_rows, shape.programs), dtype=torch.int32, device=scores.device) if stepwise else states
-
-    grid = (-(-n_rows // shape.rows) * (segments if recompute else 1) * shape.programs,)
-
-    def iterate() -> None:
-        launch(
-            _iterate,
-            grid,
-            scores,
-            k_ptr,
-            k_value,
-            mask_ptr,
-            lam,
-            starts if starts is not None else states,
-            states,
-            words,
-            alive,
-            n_rows,
-            n_cols,
-            shape.chunk,
-            scores.stride(0),
-            mask_stride,
-            k_stride,
-            floor,
-            eps_init,
-            eps_decay,
-            eps_last,
-            max(t_floor, 1),
-            n_iters,
-            base,
-            remainder,
-            segments,
-            RECOMPUTE=recompute,
-            K_IS_TENSOR=isinstance(k, torch.Tensor),
-            CLAMP_K=clamp_k,
-            HAS_MASK=mask is not None,
-            COMPUTE=compute_dtypes(scores.dtype)[1],
-            HELD=shape.held,
-            EVEN=shape.even,
-            COOPERATIVE=shared and not stepwise,
-            PROGRAMS=shape.programs,
-            P_BLOCK=next_power_of_2(shape.programs),
-            RING=ring,
-            REPS=shape.reps,
-            ROWS=shape.rows,
-            LANES=shape.lanes,
-            VEC=shape.vec,
-            **compile_options(config),
-            **({"launch_cooperative_grid": True} if shared and not stepwise else {}),
-        )
-
-    with on_device(scores.device):
-        iterate()
-        while stepwise and not bool(alive.all()):
-            iterate()
+    ring = 2 if cooperative else n_iters + 2
+    prepared = Prepared(
+        _iterate,
+        (-(-n_rows // shape.rows) * (segments if recompute else 1) * shape.programs,),
+        (n_rows, n_cols, shape.chunk, *strides, t_tail, n_iters, *divmod(n_iters, segments), segments),
+        device,
+        RECOMPUTE=recompute,
+        K_IS_TENSOR=k_is_tensor,
+        CLAMP_K=clamp_k,
+        HAS_MASK=has_mask,
+        COMPUTE=compute_dtypes(dtype)[1],
+        HELD=shape.held,
+        EVEN=shape.even,
+        COOPERATIVE=shared and cooperative,
+        PROGRAMS=shape.programs,
+        P_BLOCK=next_power_of_2(shape.programs),
+        RING=ring,
+        REPS=shape.reps,
+        ROWS=shape.rows,
+        LANES=shape.lanes,
+        VEC=shape.vec,
+        **compile_options(config),
+        **({"launch_cooperative_grid": True} if shared and cooperative else {}),
+    )
+    return prepared, shape.programs, ring
 
 
 def coordinate_descent_backward(
@@ -933,27 +949,63 @@ def coordinate_descent_backward(
         scores, k, mask, n_iters, eps, eps_init, eps_decay, clamp_k, config: as in :func:`coordinate_descent_forward`.
     """
     n_rows, n_cols = scores.shape
-    compute, tl_compute = compute_dtypes(scores.dtype)
-    check_config("coordinate_descent", config, n_cols)
+    compute, _ = compute_dtypes(scores.dtype)
     eps, eps_init = positive(eps, compute), positive(eps_init, compute)
     segments = states.shape[1]
     if segments < n_iters:
-        starts, states = states, torch.empty((n_rows, n_iters), dtype=compute, device=scores.device)
+        starts, states = states, scores.new_empty((n_rows, n_iters), dtype=compute)
         _launch_iterate(scores, k, mask, n_iters, eps, eps_init, eps_decay, clamp_k, segments, config, states, states, starts)
-    dscores = torch.empty((n_rows, n_cols), dtype=scores.dtype, device=scores.device)
-    dk = torch.empty((n_rows,), dtype=compute, device=scores.device)
-    shape = tiles(config, scores, side_by_side=False)
     floor, eps_above, eps_last, t_floor = _landmarks(n_iters, eps, eps_init, eps_decay)
-    k_ptr, k_value, k_stride = row_value_args(k, scores)
-    mask_ptr, mask_stride = mask_args(mask, scores)
-    pointers = (grad, scores, states, k_ptr, k_value, mask_ptr, dscores, dk)
-    strides = (grad.stride(0), scores.stride(0), mask_stride, k_stride)
-    schedule = (floor, eps_init, eps_above, 1.0 / eps_decay, eps_last, t_floor, n_iters)
+    k_ptr, k_value, k_stride = row_value_args(k)
+    mask_ptr, mask_stride = mask_args(mask)
+    launches, sums_shape = _prepare_backward(
+        config,
+        n_rows,
+        n_cols,
+        scores.dtype,
+        scores.device.index,
+        (grad.stride(0), scores.stride(0), mask_stride, k_stride),
+        (grad.dtype, states.dtype, dtype_of(k_ptr), dtype_of(mask)),
+        clamp_k,
+        t_floor,
+        n_iters,
+    )
+    dscores = scores.new_empty((n_rows, n_cols))
+    dk = scores.new_empty((n_rows,), dtype=compute)
+    pointers: tuple[torch.Tensor | None, ...] = (grad, scores, states, k_ptr, mask_ptr, dscores, dk)
+    if sums_shape is not None:
+        pointers = (*pointers, scores.new_empty(sums_shape, dtype=compute))
+    for prepared in launches:
+        launch(prepared, pointers, (k_value, floor, eps_init, eps_above, 1.0 / eps_decay, eps_last))
+    return dscores, dk
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_backward(
+    config: LaunchConfig,
+    n_rows: int,
+    n_cols: int,
+    dtype: torch.dtype,
+    device: int | None,
+    strides: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype | None, ...],
+    clamp_k: bool,
+    t_floor: int,
+    n_iters: int,
+) -> tuple[tuple[Prepared, ...], tuple[int, int, int] | None]:
+    """The launches, and the shape of what programs of a row hand to the second; None where there is one launch.
+
+    ``strides`` are those of the gradient, scores, mask and k; ``dtypes`` those of the gradient, states, k and mask, None where
+    there is no tensor.
+    """
+    check_config("coordinate_descent", config, n_cols)
+    shape = tiles(config, n_rows, n_cols, dtype.itemsize, None)
+    k_is_tensor, has_mask = (dtype is not None for dtype in dtypes[2:])
     constants = {
-        "K_IS_TENSOR": isinstance(k, torch.Tensor),
+        "K_IS_TENSOR": k_is_tensor,
         "CLAMP_K": clamp_k,
-        "HAS_MASK": mask is not None,
-        "COMPUTE": tl_compute,
+        "HAS_MASK": has_mask,
+        "COMPUTE": compute_dtypes(dtype)[1],
         "EVEN": shape.even,
         "REPS": shape.reps,
         "ROWS": shape.rows,
@@ -961,30 +1013,25 @@ def coordinate_descent_backward(
         "VEC": shape.vec,
         **compile_options(config),
     }
-    with on_device(scores.device):
-        if shape.programs == 1 and shape.held:
-            launch(_backward, (-(-n_rows // shape.rows),), *pointers, n_rows, n_cols, *strides, *schedule, **constants)
-            return dscores, dk
-        t_block = next_power_of_2(n_iters + 1)
-        p_block = next_power_of_2(shape.programs)
-        sums = torch.empty((n_rows, shape.programs, t_block), dtype=compute, device=scores.device)
-        for phase in (SUMS.value, APPLY.value):
-            launch(
-                _backward_shared,
-                (n_rows * shape.programs,),
-                *pointers,
-                sums,
-                n_rows,
-                n_cols,
-                shape.chunk,
-                *strides,
-                *schedule,
-                PHASE=phase,
-                HELD=shape.held,
-                PROGRAMS=shape.programs,
-                P_BLOCK=p_block,
-                P_TILE=min(p_block, max(1, 4096 // t_block)),
-                T_BLOCK=t_block,
-                **constants,
-            )
-    return dscores, dk
+    rest = (*strides, t_floor, n_iters)
+    if shape.programs == 1 and shape.held:
+        return (Prepared(_backward, (-(-n_rows // shape.rows),), (n_rows, n_cols, *rest), device, **constants),), None
+    t_block = next_power_of_2(n_iters + 1)
+    p_block = next_power_of_2(shape.programs)
+    launches = tuple(
+        Prepared(
+            _backward_shared,
+            (n_rows * shape.programs,),
+            (n_rows, n_cols, shape.chunk, *rest),
+            device,
+            PHASE=phase.value,
+            HELD=shape.held,
+            PROGRAMS=shape.programs,
+            P_BLOCK=p_block,
+            P_TILE=min(p_block, max(1, 4096 // t_block)),
+            T_BLOCK=t_block,
+            **constants,
+        )
+        for phase in (SUMS, APPLY)
+    )
+    return launches, (n_rows, shape.programs, t_block)

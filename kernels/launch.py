@@ -1,7 +1,6 @@
-"""What every Triton launch of this package needs: argument forms, compute types, the device guard."""
+"""What every Triton launch of this package needs: argument forms, compute types, tiles."""
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,11 +16,13 @@ def compute_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def row_value_args(value: torch.Tensor | float, like: torch.Tensor) -> tuple[torch.Tensor, float, int]:
-    """Pointer, number and stride of a per-row value; the pointer of a number is never read."""
+def row_value_args(value: torch.Tensor | float) -> tuple[torch.Tensor | None, float, int]:
+    """Pointer, number and stride of a per-row value."""
+    if isinstance(value, float):
+        return None, value, 0
     if isinstance(value, torch.Tensor):
         return value, 0.0, value.stride(0)
-    return like, float(value), 0
+    return None, float(value), 0
 
 
 _POSITIVE = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
@@ -30,17 +31,21 @@ _POSITIVE = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype 
 def positive(value: float, dtype: torch.dtype) -> float:
     """A number > 0 as one that is still > 0, and finite, in the compute type (1e-50 is 0 in float32)."""
     least, most = _POSITIVE[dtype]
-    return min(max(value, least), most)
+    return value if least <= value <= most else min(max(value, least), most)
 
 
-def mask_args(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Pointer and row stride of a mask; the pointer of no mask is never read."""
+def mask_args(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """Pointer and row stride of a mask."""
     if mask is None:
-        return like, 0
+        return None, 0
     return mask.view(torch.uint8), mask.stride(0)
 
 
-@functools.lru_cache(maxsize=4096)
+def dtype_of(tensor: torch.Tensor | None) -> torch.dtype | None:
+    """The dtype of a tensor that may be missing."""
+    return None if tensor is None else tensor.dtype
+
+
 def check_config(op: str, config: LaunchConfig, n_cols: int) -> None:
     """Raises ValueError where a configuration cannot launch rows of ``n_cols`` scores."""
     if config.variant not in VARIANTS:
@@ -77,21 +82,15 @@ class Tiles(NamedTuple):
     even: bool
 
 
-def tiles(config: LaunchConfig, scores: torch.Tensor, side_by_side: bool = True) -> Tiles:
-    """The tiles of a launch on scores [R, n].
+def tiles(config: LaunchConfig, n_rows: int, n_cols: int, itemsize: int, processors: int | None) -> Tiles:
+    """The tiles of a launch on scores [n_rows, n_cols] of so many bytes each.
 
-    ``side_by_side`` says that programs that share a row wait for each other, so that all must run at the same time: then there are
-    at most as many as the device has processors. Where that leaves a row less than two, one program re-reads it.
+    ``processors`` says that programs that share a row wait for each other, so that all must run at the same time: then there are
+    at most as many as that. Where it leaves a row less than two, one program re-reads it. None says that they do not.
     """
-    n_rows, n_cols = scores.shape
-    most = config.programs_per_row
-    if side_by_side and most > 1:
-        most = max(1, min(most, processors(scores.device) // max(n_rows, 1)))
-    return _tiles(config, most, n_cols, scores.element_size())
-
-
-@functools.lru_cache(maxsize=4096)
-def _tiles(config: LaunchConfig, programs: int, n_cols: int, itemsize: int) -> Tiles:
+    programs = config.programs_per_row
+    if processors is not None and programs > 1:
+        programs = max(1, min(programs, processors // max(n_rows, 1)))
     # a thread has at least two columns, see rows.py
     block, rows, chunk = max(config.block, 2), 1, n_cols
     if config.variant == "resident":
@@ -131,14 +130,3 @@ def compile_options(config: LaunchConfig) -> dict[str, int]:
 def cooperative(device: torch.device) -> bool:
     """Whether programs can wait for each other: on a GPU, but not in Triton's interpreter, which runs one after another."""
     return device.type == "cuda"
-
-
-_HERE = nullcontext()
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes ``device`` current for a launch where it is a GPU that is not."""
-    # the device of a GPU tensor has an index, that of a CPU tensor none
-    if device.index is None or device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(device)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from itertools import repeat
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton import knobs
+from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
@@ -39,10 +41,33 @@ class _Binary(NamedTuple):
 
 
 _binaries: dict[tuple[Any, ...], _Binary] = {}
+"""By all that a binary depends on."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """``kernel[grid](*args, **constants)`` for less host time from the second launch of a kind on.
+class Prepared:
+    """What launches have in common that differ in their tensors and fractions alone.
+
+    Args:
+        kernel: a ``@triton.jit`` function. Its parameters are pointers, then fractions, then whole numbers, then constexprs.
+        grid: one to three sizes.
+        numbers: the whole numbers, in order.
+        device: the index of the GPU that is current during a launch; None for the one that is.
+        constants: all constexprs, and the options of the launch (num_warps, num_stages, launch_cooperative_grid, …).
+    """
+
+    __slots__ = ("aligned", "constants", "device", "grid", "kernel", "numbers", "sizes")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], device: int | None = None, **constants: Any
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.device, self.constants = kernel, grid, numbers, device, constants
+        self.sizes = (*grid, 1, 1)[:3]
+        self.aligned: dict[int, _Binary] = {}
+        """By device, what ran where each pointer was a multiple of 16, if that and its dtype are all that Triton asks of one."""
+
+
+def launch(prepared: Prepared, pointers: tuple[torch.Tensor | None, ...], fractions: tuple[float, ...] = ()) -> None:
+    """``kernel[grid](*pointers, *fractions, *numbers, **constants)``, for less host time from the second launch of a kind on.
 
     The kind of a launch is: kernel and device; what Triton's own specialisation makes of each argument (dtype and alignment of
     a pointer, type of a number, whether an integer is 1 or a multiple of 16); constants and options. The ordinary path serves
@@ -50,34 +75,63 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     changed global, an unknown release of Triton, and the interpreter.
 
     Args:
-        kernel: a ``@triton.jit`` function, its constexprs last.
-        grid: one to three sizes.
-        args: the arguments of all parameters that are no constexpr, in order. None, for a pointer that is never read, is cheapest.
-        constants: all constexprs, and the options of the launch (num_warps, num_stages, launch_cooperative_grid, …).
+        prepared: the launch but for what follows. The same object again spares the host most.
+        pointers: tensors, or None for one that is never read; for each the same dtype, or None, whenever ``prepared`` is launched.
+        fractions: floats, for parameters that are annotated as such, so that no value of theirs makes another binary.
     """
+    kernel = prepared.kernel
     if not _known or type(kernel) is not JITFunction:
-        kernel[grid](*args, **constants)
+        kernel[prepared.grid](*pointers, *fractions, *prepared.numbers, **prepared.constants)
         return
     active = driver.active
     device = active.get_current_device()
-    cache, _, _, backend, _ = kernel.device_caches[device]
-    kinds = map(_specialize, repeat(backend), args, _NO, _YES, _YES)
-    key = (id(kernel), device, *kinds, *constants, *constants.values())
-    binary = _binaries.get(key)
+    if prepared.device is not None and prepared.device != device:
+        with torch.cuda.device(prepared.device):
+            launch(prepared, pointers, fractions)
+        return
+    cache = kernel.device_caches[device][0]
+    binary = prepared.aligned.get(device)
+    if binary is not None:
+        for pointer in pointers:
+            if pointer is not None and pointer.data_ptr() % 16:
+                binary = None
+                break
+    if binary is None:
+        binary = _binaries.get(_kind(prepared, pointers, fractions, device))
+        if binary is not None:
+            _keep(prepared, pointers, device, binary)
     if (
         binary is not None
         and binary.cache is cache
         and cache.get(binary.cache_key) is binary.compiled
         and _undisturbed(kernel, binary.globals)
     ):
-        x, y, z = (*grid, 1, 1)[:3]
         stream = active.get_current_stream(device)
         # three times None: there are no hooks, and nothing to tell them
-        binary.run(x, y, z, stream, binary.function, binary.metadata, None, None, None, *args, *binary.constants)
+        binary.run(
+            *prepared.sizes, stream, binary.function, binary.metadata, None, None, None,
+            *pointers, *fractions, *prepared.numbers, *binary.constants,
+        )  # fmt: skip
         return
-    compiled = kernel[grid](*args, **constants)
+    compiled = kernel[prepared.grid](*pointers, *fractions, *prepared.numbers, **prepared.constants)
     if isinstance(compiled, CompiledKernel):
-        _remember(key, kernel, compiled, cache, len(args), constants)
+        _remember(prepared, pointers, fractions, compiled, device)
+
+
+def _kind(
+    prepared: Prepared, pointers: tuple[torch.Tensor | None, ...], fractions: tuple[float, ...], device: int
+) -> tuple[Any, ...]:
+    kernel, constants = prepared.kernel, prepared.constants
+    arguments = (*pointers, *fractions, *prepared.numbers)
+    kinds = map(_specialize, repeat(kernel.device_caches[device][3]), arguments, _NO, _YES, _YES)
+    return (id(kernel), device, *kinds, *constants, *constants.values())
+
+
+def _keep(prepared: Prepared, pointers: tuple[torch.Tensor | None, ...], device: int, binary: _Binary) -> None:
+    backend = prepared.kernel.device_caches[device][3]
+    plain = type(backend).get_tensor_specialization is BaseBackend.get_tensor_specialization
+    if plain and all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers):
+        prepared.aligned[device] = binary
 
 
 def _undisturbed(kernel: JITFunction, used: tuple[tuple[dict[str, Any], str, Any], ...]) -> bool:
@@ -99,13 +153,14 @@ def _undisturbed(kernel: JITFunction, used: tuple[tuple[dict[str, Any], str, Any
 
 
 def _remember(
-    key: tuple[Any, ...],
-    kernel: JITFunction,
+    prepared: Prepared,
+    pointers: tuple[torch.Tensor | None, ...],
+    fractions: tuple[float, ...],
     compiled: CompiledKernel,
-    cache: dict[str, Any],
-    n_args: int,
-    constants: dict[str, Any],
+    device: int,
 ) -> None:
+    kernel, constants = prepared.kernel, prepared.constants
+    n_args = len(pointers) + len(fractions) + len(prepared.numbers)
     parameters = kernel.params
     ordered = all(parameter.is_constexpr == (i >= n_args) for i, parameter in enumerate(parameters))
     if not ordered or any(parameter.name not in constants for parameter in parameters[n_args:]):
@@ -113,10 +168,12 @@ def _remember(
             f"{kernel.__name__} was launched with {n_args} positional arguments and {sorted(constants)}; needed are all"
             " parameters that are no constexpr, in order, and each constexpr, which come last, by its name"
         )
+    cache = kernel.device_caches[device][0]
     cache_key = next((name for name, found in cache.items() if found is compiled), None)
-    if cache_key is not None:
-        tail = tuple(constants[parameter.name] for parameter in parameters[n_args:])
-        used = tuple((namespace, name, namespace.get(name)) for (name, _), (_, namespace) in kernel.used_global_vals.items())
-        _binaries[key] = _Binary(
-            kernel, compiled, cache, cache_key, compiled.run, compiled.function, compiled.packed_metadata, tail, used
-        )
+    if cache_key is None:
+        return
+    tail = tuple(constants[parameter.name] for parameter in parameters[n_args:])
+    used = tuple((namespace, name, namespace.get(name)) for (name, _), (_, namespace) in kernel.used_global_vals.items())
+    binary = _Binary(kernel, compiled, cache, cache_key, compiled.run, compiled.function, compiled.packed_metadata, tail, used)
+    _binaries[_kind(prepared, pointers, fractions, device)] = binary
+    _keep(prepared, pointers, device, binary)

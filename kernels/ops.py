@@ -334,75 +334,74 @@ def _plain(*tensors: torch.Tensor | None) -> bool:
 
 
 class _SoftTopk(torch.autograd.Function):
-    """What the registered operator and its backward do, for a plain eager call."""
+    """What the registered operator and its backward do, for a plain eager call.
+
+    What has no gradient comes in one argument, for autograd looks at each: (k_value, eps_value, mask, impl).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        scores: torch.Tensor,
-        k: torch.Tensor | None,
-        k_value: float,
-        eps: torch.Tensor | None,
-        eps_value: float,
-        mask: torch.Tensor | None,
-        impl: str,
+        ctx: Any, scores: torch.Tensor, k: torch.Tensor | None, eps: torch.Tensor | None, settings: tuple[Any, ...]
     ) -> torch.Tensor:
+        k_value, eps_value, mask, impl = settings
         lam, threshold = _soft_topk(scores, k, k_value, eps, eps_value, mask, impl)
         ctx.save_for_backward(scores, threshold, k, eps, mask)
-        ctx.others = k_value, eps_value, impl
+        ctx.others = k_value, eps_value, impl, id(scores)
         ctx.set_materialize_grads(False)
         return lam
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * 7
+            return None, None, None, None
         scores, threshold, k, eps, mask = ctx.saved_tensors
-        k_value, eps_value, impl = ctx.others
-        backward: Any = _soft_topk_backward if _first_order(grad, scores) else derivatives.soft_topk_backward
+        k_value, eps_value, impl, seen = ctx.others
+        backward: Any = _soft_topk_backward if _first_order(grad, scores, seen) else derivatives.soft_topk_backward
         dscores, dk, deps = backward(grad, scores, threshold, k, k_value, eps, eps_value, mask, impl)
-        needs_scores, needs_k, _, needs_eps, *_ = ctx.needs_input_grad
-        return dscores if needs_scores else None, dk if needs_k else None, None, deps if needs_eps else None, None, None, None
+        needs_scores, needs_k, needs_eps, _ = ctx.needs_input_grad
+        return dscores if needs_scores else None, dk if needs_k else None, deps if needs_eps else None, None
 
 
 class _CoordinateDescent(torch.autograd.Function):
-    """What the registered operator and its backward do, for a plain eager call."""
+    """What the registered operator and its backward do, for a plain eager call.
+
+    What has no gradient comes in one argument, for autograd looks at each: (k_value, mask, n_iters, eps, eps_init, eps_decay,
+    segments, clamp_k, impl).
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        scores: torch.Tensor,
-        k: torch.Tensor | None,
-        k_value: float,
-        mask: torch.Tensor | None,
-        n_iters: int,
-        eps: float,
-        eps_init: float,
-        eps_decay: float,
-        segments: int | None,
-        clamp_k: bool,
-        impl: str,
-    ) -> torch.Tensor:
-        lam, states = _coordinate_descent(scores, k, k_value, mask, n_iters, eps, eps_init, eps_decay, segments, clamp_k, impl)
+    def forward(ctx: Any, scores: torch.Tensor, k: torch.Tensor | None, settings: tuple[Any, ...]) -> torch.Tensor:
+        k_value, mask, n_iters, eps, eps_init, eps_decay, _, clamp_k, impl = settings
+        lam, states = _coordinate_descent(scores, k, *settings)
         ctx.save_for_backward(scores, states, k, mask)
-        ctx.k_value, ctx.schedule = k_value, (n_iters, eps, eps_init, eps_decay, clamp_k, impl)
+        ctx.others = k_value, (n_iters, eps, eps_init, eps_decay, clamp_k, impl), id(scores)
         ctx.set_materialize_grads(False)
         return lam
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * 11
+            return None, None, None
         scores, states, k, mask = ctx.saved_tensors
-        backward: Any = _coordinate_descent_backward if _first_order(grad, scores) else derivatives.coordinate_descent_backward
-        dscores, dk = backward(grad, scores, states, k, ctx.k_value, mask, *ctx.schedule)
-        needs_scores, needs_k, *_ = ctx.needs_input_grad
-        return dscores if needs_scores else None, dk if needs_k else None, *((None,) * 9)
+        k_value, schedule, seen = ctx.others
+        first_order = _first_order(grad, scores, seen)
+        backward: Any = _coordinate_descent_backward if first_order else derivatives.coordinate_descent_backward
+        dscores, dk = backward(grad, scores, states, k, k_value, mask, *schedule)
+        needs_scores, needs_k, _ = ctx.needs_input_grad
+        return dscores if needs_scores else None, dk if needs_k else None, None
 
 
-def _first_order(grad: torch.Tensor, scores: torch.Tensor) -> bool:
-    """Whether a backward may call the kernel itself; the registered operator is what can be differentiated again, or refuses."""
-    return not torch.is_grad_enabled() and _plain(grad, scores)
+# Function.apply looks for functorch's transforms and wrappers first: where a call is plain there are none
+_apply_soft_topk: Any = super(torch.autograd.Function, _SoftTopk).apply
+_apply_coordinate_descent: Any = super(torch.autograd.Function, _CoordinateDescent).apply
+
+
+def _first_order(grad: torch.Tensor, scores: torch.Tensor, seen: int) -> bool:
+    """Whether a backward may call the kernel itself; the registered operator is what can be differentiated again, or refuses.
+
+    ``seen`` is the id of the scores that the forward found to be plain; hooks of saved tensors may have put others in their place.
+    """
+    return not torch.is_grad_enabled() and (_plain(grad) if id(scores) == seen else _plain(grad, scores))
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -431,7 +430,7 @@ def soft_topk_rows(
     if not _plain(scores, k_rows, eps_rows, mask):
         return derivatives.soft_topk(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)[0]
     if _needs_grad(scores, k_rows, eps_rows):
-        return _SoftTopk.apply(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)
+        return _apply_soft_topk(scores, k_rows, eps_rows, (k_value, eps_value, mask, impl))
     return _soft_topk(scores, k_rows, k_value, eps_rows, eps_value, mask, impl)[0]
 
 
@@ -464,5 +463,7 @@ def coordinate_descent_rows(
             scores, k_rows, k_value, mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, clamp_k, impl
         )[0]
     # here None goes on to where the configuration is known
-    arguments = (scores, k_rows, k_value, mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, clamp_k, impl)
-    return _CoordinateDescent.apply(*arguments) if _needs_grad(scores, k_rows) else _coordinate_descent(*arguments)[0]
+    settings = (k_value, mask, n_iters, eps, eps_init, eps_decay, checkpoint_segments, clamp_k, impl)
+    if _needs_grad(scores, k_rows):
+        return _apply_coordinate_descent(scores, k_rows, settings)
+    return _coordinate_descent(scores, k_rows, *settings)[0]

@@ -32,6 +32,8 @@ registers; ``split`` shares a row between programs, of which each keeps its part
 ``tiled`` re-reads one row of any length in tiles, once a sweep.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -42,13 +44,14 @@ from .launch import (
     compile_options,
     compute_dtypes,
     cooperative,
+    dtype_of,
     mask_args,
-    on_device,
     positive,
+    processors,
     row_value_args,
     tiles,
 )
-from .launcher import launch
+from .launcher import Prepared, launch
 from .rows import SLOTS, columns, exchange, fold, load_tile, row_max, row_min, row_sum, row_sums, row_sums3, row_value, spread
 
 MAX_SWEEPS_32, MAX_SWEEPS_64 = 512, 4096
@@ -256,14 +259,14 @@ def _examine(
 def _forward(
     scores_ptr,
     k_ptr,
-    k_value: tl.float64,
     eps_ptr,
-    eps_value: tl.float64,
     mask_ptr,
     lam_ptr,
     threshold_ptr,
     words_ptr,
     sweeps_ptr,
+    k_value: tl.float64,
+    eps_value: tl.float64,
     n_rows,
     n_cols,
     chunk,
@@ -299,7 +302,8 @@ def _forward(
     start = part * chunk
     end = tl.minimum(start + chunk, n_cols)
     cols = columns(REPS, LANES, VEC)
-    words_ptr += (program // PROGRAMS) * (RING * SLOTS * PROGRAMS)
+    if PROGRAMS > 1:
+        words_ptr += (program // PROGRAMS) * (RING * SLOTS * PROGRAMS)
     rows = (program // PROGRAMS) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     # a program's rows beyond the last repeat it, unstored
@@ -512,12 +516,12 @@ def _backward(
     scores_ptr,
     threshold_ptr,
     eps_ptr,
-    eps_value: tl.float64,
     mask_ptr,
     dscores_ptr,
     dk_ptr,
     deps_ptr,
     sums_ptr,
+    eps_value: tl.float64,
     n_rows,
     n_cols,
     chunk,
@@ -646,7 +650,9 @@ def count_sweeps(
     """
     if config is None:
         config = resolve("soft_topk", "forward", scores.dtype, scores.shape[0], scores.shape[1], scores.device)
-    return _solve(scores, k, eps, mask, config, count=True)[2]
+    sweeps = _solve(scores, k, eps, mask, config, count=True)[2]
+    assert sweeps is not None
+    return sweeps
 
 
 def _solve(
@@ -656,77 +662,92 @@ def _solve(
     mask: torch.Tensor | None,
     config: LaunchConfig,
     count: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     n_rows, n_cols = scores.shape
-    compute, tl_compute = compute_dtypes(scores.dtype)
+    device = scores.device
+    compute, _ = compute_dtypes(scores.dtype)
+    eps = eps if isinstance(eps, torch.Tensor) else positive(eps, compute)
+    k_ptr, k_value, k_stride = row_value_args(k)
+    eps_ptr, eps_value, eps_stride = row_value_args(eps)
+    mask_ptr, mask_stride = mask_args(mask)
+    prepared, programs, ring, counted = _prepare_forward(
+        config,
+        n_rows,
+        n_cols,
+        scores.dtype,
+        device.index,
+        processors(device),
+        cooperative(device),
+        (scores.stride(0), mask_stride, k_stride, eps_stride),
+        (dtype_of(k_ptr), dtype_of(eps_ptr), dtype_of(mask)),
+        count,
+    )
+    lam = scores.new_empty((n_rows, n_cols))
+    threshold = scores.new_empty((n_rows, 2), dtype=compute)
+    words = scores.new_zeros((n_rows, ring, SLOTS.value, programs), dtype=torch.int64) if programs > 1 else None
+    sweeps = scores.new_zeros((n_rows, programs), dtype=torch.int32) if counted else None
+    pointers = (scores, k_ptr, eps_ptr, mask_ptr, lam, threshold, words, sweeps)
+    launch(prepared, pointers, (k_value, eps_value))
+    if sweeps is None:
+        return lam, threshold, None
+    while bool((sweeps < 0).any()):
+        # programs that share a row did not wait for each other, see rows.exchange
+        launch(prepared, pointers, (k_value, eps_value))
+    return lam, threshold, sweeps.amax(1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_forward(
+    config: LaunchConfig,
+    n_rows: int,
+    n_cols: int,
+    dtype: torch.dtype,
+    device: int | None,
+    processors: int,
+    cooperative: bool,
+    strides: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype | None, ...],
+    count: bool,
+) -> tuple[Prepared, int, int, bool]:
+    """The launch, the number of programs a row, of exchanges their words hold, and whether sweeps are counted.
+
+    ``strides`` are those of scores, mask, k and eps; ``dtypes`` those of k, eps and mask, None where there is no tensor.
+    """
     check_config("soft_topk", config, n_cols)
-    shape = tiles(config, scores)
-    lam = torch.empty((n_rows, n_cols), dtype=scores.dtype, device=scores.device)
-    threshold = torch.empty((n_rows, 2), dtype=compute, device=scores.device)
+    shape = tiles(config, n_rows, n_cols, dtype.itemsize, processors)
+    compute, tl_compute = compute_dtypes(dtype)
     double = compute == torch.float64
     max_sweeps = MAX_SWEEPS_64 if double else MAX_SWEEPS_32
-    k_ptr, k_value, k_stride = row_value_args(k, scores)
-    eps = eps if isinstance(eps, torch.Tensor) else positive(eps, compute)
-    eps_ptr, eps_value, eps_stride = row_value_args(eps, scores)
-    mask_ptr, mask_stride = mask_args(mask, scores)
     shared = shape.programs > 1
-    stepwise = shared and not cooperative(scores.device)
-    ring = max_sweeps + 8 if stepwise else 2
-    words = (
-        torch.zeros((n_rows, ring, SLOTS.value, shape.programs), dtype=torch.int64, device=scores.device) if shared else threshold
+    ring = 2 if cooperative else max_sweeps + 8
+    counted = count or (shared and not cooperative)
+    k_is_tensor, eps_is_tensor, has_mask = (dtype is not None for dtype in dtypes)
+    prepared = Prepared(
+        _forward,
+        (-(-n_rows // shape.rows) * shape.programs,),
+        (n_rows, n_cols, shape.chunk, *strides),
+        device,
+        K_IS_TENSOR=k_is_tensor,
+        EPS_IS_TENSOR=eps_is_tensor,
+        HAS_MASK=has_mask,
+        COMPUTE=tl_compute,
+        TOLERANCE=2.0**-48 if double else 2.0**-20,
+        MAX_SWEEPS=max_sweeps,
+        HELD=shape.held,
+        EVEN=shape.even,
+        COUNT=counted,
+        COOPERATIVE=shared and cooperative,
+        PROGRAMS=shape.programs,
+        P_BLOCK=next_power_of_2(shape.programs),
+        RING=ring,
+        REPS=shape.reps,
+        ROWS=shape.rows,
+        LANES=shape.lanes,
+        VEC=shape.vec,
+        **compile_options(config),
+        **({"launch_cooperative_grid": True} if shared and cooperative else {}),
     )
-    counted = count or stepwise
-    sweeps = torch.zeros((n_rows, shape.programs), dtype=torch.int32, device=scores.device) if counted else threshold
-
-    grid = (-(-n_rows // shape.rows) * shape.programs,)
-
-    def solve() -> None:
-        launch(
-            _forward,
-            grid,
-            scores,
-            k_ptr,
-            k_value,
-            eps_ptr,
-            eps_value,
-            mask_ptr,
-            lam,
-            threshold,
-            words,
-            sweeps,
-            n_rows,
-            n_cols,
-            shape.chunk,
-            scores.stride(0),
-            mask_stride,
-            k_stride,
-            eps_stride,
-            K_IS_TENSOR=isinstance(k, torch.Tensor),
-            EPS_IS_TENSOR=isinstance(eps, torch.Tensor),
-            HAS_MASK=mask is not None,
-            COMPUTE=tl_compute,
-            TOLERANCE=2.0**-48 if double else 2.0**-20,
-            MAX_SWEEPS=max_sweeps,
-            HELD=shape.held,
-            EVEN=shape.even,
-            COUNT=counted,
-            COOPERATIVE=shared and not stepwise,
-            PROGRAMS=shape.programs,
-            P_BLOCK=next_power_of_2(shape.programs),
-            RING=ring,
-            REPS=shape.reps,
-            ROWS=shape.rows,
-            LANES=shape.lanes,
-            VEC=shape.vec,
-            **compile_options(config),
-            **({"launch_cooperative_grid": True} if shared and not stepwise else {}),
-        )
-
-    with on_device(scores.device):
-        solve()
-        while stepwise and bool((sweeps < 0).any()):
-            solve()
-    return lam, threshold, sweeps.amax(1) if count else sweeps
+    return prepared, shape.programs, ring, counted
 
 
 def soft_topk_backward(
@@ -745,55 +766,69 @@ def soft_topk_backward(
         threshold: what the forward returned.
     """
     n_rows, n_cols = scores.shape
-    compute, tl_compute = compute_dtypes(scores.dtype)
-    check_config("soft_topk", config, n_cols)
-    shape = tiles(config, scores, side_by_side=False)
-    dscores = torch.empty((n_rows, n_cols), dtype=scores.dtype, device=scores.device)
-    dk = torch.empty((n_rows,), dtype=compute, device=scores.device)
-    eps_is_tensor = isinstance(eps, torch.Tensor)
-    deps = torch.empty((n_rows, shape.programs), dtype=compute, device=scores.device) if eps_is_tensor else None
-    shared = shape.programs > 1
-    sums = torch.empty((n_rows, 2, shape.programs), dtype=compute, device=scores.device) if shared else dk
+    compute, _ = compute_dtypes(scores.dtype)
     eps = eps if isinstance(eps, torch.Tensor) else positive(eps, compute)
-    eps_ptr, eps_value, eps_stride = row_value_args(eps, scores)
-    mask_ptr, mask_stride = mask_args(mask, scores)
-    grid = (-(-n_rows // shape.rows) * shape.programs,)
-    with on_device(scores.device):
-        for phase in (1, 2) if shared else (0,):
-            launch(
-                _backward,
-                grid,
-                grad,
-                scores,
-                threshold,
-                eps_ptr,
-                eps_value,
-                mask_ptr,
-                dscores,
-                dk,
-                dk if deps is None else deps,
-                sums,
-                n_rows,
-                n_cols,
-                shape.chunk,
-                grad.stride(0),
-                scores.stride(0),
-                mask_stride,
-                eps_stride,
-                EPS_IS_TENSOR=eps_is_tensor,
-                HAS_MASK=mask is not None,
-                COMPUTE=tl_compute,
-                PHASE=phase,
-                HELD=shape.held,
-                EVEN=shape.even,
-                PROGRAMS=shape.programs,
-                P_BLOCK=next_power_of_2(shape.programs),
-                REPS=shape.reps,
-                ROWS=shape.rows,
-                LANES=shape.lanes,
-                VEC=shape.vec,
-                **compile_options(config),
-            )
+    eps_ptr, eps_value, eps_stride = row_value_args(eps)
+    mask_ptr, mask_stride = mask_args(mask)
+    launches, programs = _prepare_backward(
+        config,
+        n_rows,
+        n_cols,
+        scores.dtype,
+        scores.device.index,
+        (grad.stride(0), scores.stride(0), mask_stride, eps_stride),
+        (grad.dtype, threshold.dtype, dtype_of(eps_ptr), dtype_of(mask)),
+    )
+    dscores = scores.new_empty((n_rows, n_cols))
+    dk = scores.new_empty((n_rows,), dtype=compute)
+    deps = scores.new_empty((n_rows, programs), dtype=compute) if eps_ptr is not None else None
+    sums = scores.new_empty((n_rows, 2, programs), dtype=compute) if programs > 1 else None
+    pointers = (grad, scores, threshold, eps_ptr, mask_ptr, dscores, dk, deps, sums)
+    for prepared in launches:
+        launch(prepared, pointers, (eps_value,))
     if deps is not None:
-        deps = deps.sum(1) if shared else deps.view(-1)
+        deps = deps.sum(1) if programs > 1 else deps.view(-1)
     return dscores, dk, deps
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_backward(
+    config: LaunchConfig,
+    n_rows: int,
+    n_cols: int,
+    dtype: torch.dtype,
+    device: int | None,
+    strides: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype | None, ...],
+) -> tuple[tuple[Prepared, ...], int]:
+    """The launches and the number of programs a row.
+
+    ``strides`` are those of the gradient, scores, mask and eps; ``dtypes`` those of the gradient, threshold, eps and mask, None
+    where there is no tensor.
+    """
+    check_config("soft_topk", config, n_cols)
+    shape = tiles(config, n_rows, n_cols, dtype.itemsize, None)
+    eps_is_tensor, has_mask = (dtype is not None for dtype in dtypes[2:])
+    launches = tuple(
+        Prepared(
+            _backward,
+            (-(-n_rows // shape.rows) * shape.programs,),
+            (n_rows, n_cols, shape.chunk, *strides),
+            device,
+            EPS_IS_TENSOR=eps_is_tensor,
+            HAS_MASK=has_mask,
+            COMPUTE=compute_dtypes(dtype)[1],
+            PHASE=phase.value,
+            HELD=shape.held,
+            EVEN=shape.even,
+            PROGRAMS=shape.programs,
+            P_BLOCK=next_power_of_2(shape.programs),
+            REPS=shape.reps,
+            ROWS=shape.rows,
+            LANES=shape.lanes,
+            VEC=shape.vec,
+            **compile_options(config),
+        )
+        for phase in ((SUMS, APPLY) if shape.programs > 1 else (WHOLE,))
+    )
+    return launches, shape.programs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -92,18 +93,39 @@ def ordinary(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 X, Y = torch.zeros(256), torch.zeros(256)
 
 
-def go(
-    kernel: Any, *, x: Any = X, y: Any = Y, factor: Any = 1.5, n: Any = 64, stride: Any = 64, grid: Any = (3,), **options: Any
-) -> None:
-    options = {"FLAG": True, "BLOCK": 64, "num_warps": 4, **options}
-    launcher.launch(kernel, grid, x, y, factor, n, stride, **options)
+@pytest.fixture(params=("prepared once", "prepared anew"))
+def launch(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Launches what is prepared anew each time, or the same object wherever nothing but tensors and fractions differs."""
+    made: dict[Any, launcher.Prepared] = {}
+
+    def do(kernel: Any, grid: Any, x: Any, y: Any, factor: float, *numbers: int, **constants: Any) -> None:
+        prepared = launcher.Prepared(kernel, grid, numbers, **constants)
+        if request.param == "prepared once":
+            dtypes = [None if pointer is None else pointer.dtype for pointer in (x, y)]
+            prepared = made.setdefault((kernel, grid, *numbers, *dtypes, *constants, *constants.values()), prepared)
+        launcher.launch(prepared, (x, y), (factor,))
+
+    return do
+
+
+Go = Callable[..., None]
+
+
+@pytest.fixture
+def go(launch: Callable[..., None]) -> Go:
+    def do(
+        kernel: Any, *, x: Any = X, y: Any = Y, factor: float = 1.5, n: int = 64, stride: int = 64, grid: Any = (3,), **options: Any
+    ) -> None:
+        launch(kernel, grid, x, y, factor, n, stride, **{"FLAG": True, "BLOCK": 64, "num_warps": 4, **options})
+
+    return do
 
 
 def test_this_triton_is_known() -> None:
     assert launcher._known, "read its jit.py, compiler.py and driver.py, then add the release to launcher.KNOWN"
 
 
-def test_the_second_launch_runs_the_binary(gpu: Driver, kernel: JITFunction, ordinary: list[None]) -> None:
+def test_the_second_launch_runs_the_binary(gpu: Driver, kernel: JITFunction, ordinary: list[None], go: Go) -> None:
     go(kernel)
     assert len(ordinary) == 1
     go(kernel, factor=2.5, x=Y, y=X, grid=(2, 5))
@@ -121,7 +143,7 @@ def test_the_second_launch_runs_the_binary(gpu: Driver, kernel: JITFunction, ord
 CHOICES: dict[str, list[Any]] = {
     "x": [X, X[1:], X.double(), X.bfloat16(), torch.nn.Parameter(X), None],
     "y": [Y, Y[4:], Y[3:], Y.half()],
-    "factor": [1.5, 1, 0.0],
+    "factor": [1.5, 1.0, 0.0],
     "n": [1, 16, 17, 64, 2**31, 0, -16],
     "stride": [1, 16, 17, 2**31],
     "FLAG": [True, False],
@@ -132,7 +154,7 @@ CHOICES: dict[str, list[Any]] = {
 }
 
 
-def test_the_launcher_runs_what_triton_runs(gpu: Driver, ordinary: list[None]) -> None:
+def test_the_launcher_runs_what_triton_runs(gpu: Driver, ordinary: list[None], launch: Callable[..., None]) -> None:
     """Random sequences of launches, each once by the launcher and once by Triton, on two devices."""
     ours, theirs = (JITFunction(_scale, do_not_specialize=["stride"]) for _ in range(2))
     draw = random.Random(0)
@@ -148,7 +170,7 @@ def test_the_launcher_runs_what_triton_runs(gpu: Driver, ordinary: list[None]) -
         arguments = [options.pop(name) for name in ("x", "y", "factor", "n", "stride")]
         grid = options.pop("grid")
         gpu.launches.clear()
-        launcher.launch(ours, grid, *arguments, **options)
+        launch(ours, grid, *arguments, **options)
         theirs[grid](*arguments, **options)
         (our, their) = gpu.launches
         assert our[:2] == their[:2] and our[3:5] == their[3:5]
@@ -159,7 +181,7 @@ def test_the_launcher_runs_what_triton_runs(gpu: Driver, ordinary: list[None]) -
     assert len(ordinary) < 1.7 * count, "most of them by the short way"
 
 
-def test_another_option_is_another_binary(gpu: Driver, kernel: JITFunction) -> None:
+def test_another_option_is_another_binary(gpu: Driver, kernel: JITFunction, go: Go) -> None:
     for options in ({}, {"launch_cooperative_grid": True}, {"num_stages": 5}, {"num_warps": 1}, {"FLAG": False}, {"BLOCK": 32}):
         go(kernel, **options)
         go(kernel, **options)
@@ -168,7 +190,7 @@ def test_another_option_is_another_binary(gpu: Driver, kernel: JITFunction) -> N
     assert [launch[4] for launch in gpu.launches[:4]] == [False, False, True, True]
 
 
-def test_each_device_has_its_binary(gpu: Driver, kernel: JITFunction) -> None:
+def test_each_device_has_its_binary(gpu: Driver, kernel: JITFunction, go: Go) -> None:
     for device in (0, 1, 0, 1):
         gpu.device = device
         go(kernel)
@@ -176,7 +198,7 @@ def test_each_device_has_its_binary(gpu: Driver, kernel: JITFunction) -> None:
     assert [launch[2] for launch in gpu.launches] == [1, 2, 1, 2]
 
 
-def test_launch_hooks_fire(gpu: Driver, kernel: JITFunction, ordinary: list[None]) -> None:
+def test_launch_hooks_fire(gpu: Driver, kernel: JITFunction, ordinary: list[None], go: Go) -> None:
     go(kernel)
     told: list[Any] = []
     knobs.runtime.launch_enter_hook.add(told.append)
@@ -191,7 +213,7 @@ def test_launch_hooks_fire(gpu: Driver, kernel: JITFunction, ordinary: list[None
     assert len(told) == 2 and len(ordinary) == 2
 
 
-def test_a_hook_in_place_of_the_chain_fires(gpu: Driver, kernel: JITFunction, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_in_place_of_the_chain_fires(gpu: Driver, kernel: JITFunction, monkeypatch: pytest.MonkeyPatch, go: Go) -> None:
     go(kernel)
     told: list[Any] = []
     monkeypatch.setattr(knobs.runtime, "launch_enter_hook", told.append)
@@ -200,7 +222,7 @@ def test_a_hook_in_place_of_the_chain_fires(gpu: Driver, kernel: JITFunction, mo
 
 
 def test_whatever_disturbs_goes_the_ordinary_way(
-    gpu: Driver, kernel: JITFunction, ordinary: list[None], monkeypatch: pytest.MonkeyPatch
+    gpu: Driver, kernel: JITFunction, ordinary: list[None], monkeypatch: pytest.MonkeyPatch, go: Go
 ) -> None:
     go(kernel)
     go(kernel)
@@ -223,7 +245,7 @@ def test_whatever_disturbs_goes_the_ordinary_way(
 
 
 @pytest.mark.parametrize("how", ("all devices", "one device"))
-def test_a_cleared_cache_compiles_anew(gpu: Driver, kernel: JITFunction, ordinary: list[None], how: str) -> None:
+def test_a_cleared_cache_compiles_anew(gpu: Driver, kernel: JITFunction, ordinary: list[None], how: str, go: Go) -> None:
     go(kernel)
     kernel.device_caches.clear() if how == "all devices" else kernel.device_caches[0][0].clear()
     go(kernel)
@@ -231,7 +253,7 @@ def test_a_cleared_cache_compiles_anew(gpu: Driver, kernel: JITFunction, ordinar
     assert [launch[2] for launch in gpu.launches] == [1, 2, 2] and len(ordinary) == 2
 
 
-def test_a_changed_global_is_an_error(gpu: Driver, kernel: JITFunction, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_global_is_an_error(gpu: Driver, kernel: JITFunction, monkeypatch: pytest.MonkeyPatch, go: Go) -> None:
     go(kernel)
     monkeypatch.setitem(_scale.__globals__, "SCALE", tl.constexpr(3))
     with pytest.raises(RuntimeError, match="SCALE has changed"):
@@ -250,10 +272,52 @@ def test_the_interpreter_is_left_alone(gpu: Driver) -> None:
 
     kernel = Recorded()
     for _ in range(2):
-        launcher.launch(kernel, (2,), 1, 2.0, BLOCK=4, num_warps=1)
-    assert kernel.calls == [((2,), (1, 2.0), {"BLOCK": 4, "num_warps": 1})] * 2 and not launcher._binaries
+        launcher.launch(launcher.Prepared(kernel, (2,), (1,), BLOCK=4, num_warps=1), (None,), (2.0,))
+    assert kernel.calls == [((2,), (None, 2.0, 1), {"BLOCK": 4, "num_warps": 1})] * 2 and not launcher._binaries
 
 
 def test_arguments_out_of_order_are_an_error(gpu: Driver, kernel: JITFunction) -> None:
     with pytest.raises(TypeError, match="positional arguments"):
-        launcher.launch(kernel, (1,), X, Y, 1.5, 64, stride=64, FLAG=True, BLOCK=64)
+        launcher.launch(launcher.Prepared(kernel, (1,), (64,), stride=64, FLAG=True, BLOCK=64), (X, Y), (1.5,))
+
+
+@pytest.mark.parametrize("op", ("soft_topk", "coordinate_descent"))
+def test_what_is_prepared_keeps_to_one_dtype_a_tensor(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher relies on it: it does not ask for dtypes again where pointers are aligned."""
+    from coordroute.kernels import coordinate_descent, soft_topk
+    from coordroute.kernels.config import LaunchConfig
+
+    config = LaunchConfig("resident", 8, 1, 1)
+    seen: list[launcher.Prepared] = []
+    module = soft_topk if op == "soft_topk" else coordinate_descent
+    monkeypatch.setattr(module, "launch", lambda prepared, *arguments: seen.append(prepared))
+    s, wide = torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.float64)
+    row, wide_row = torch.ones(2), torch.ones(2, dtype=torch.float64)
+
+    def prepared(**other: Any) -> launcher.Prepared:
+        given = {"g": s, "s": s, "k": row, "eps": row, "mask": None, "kept": torch.zeros(2, 3), **other}
+        seen.clear()
+        if op == "soft_topk":
+            if "backward" in given:
+                soft_topk.soft_topk_backward(given["g"], given["s"], given["kept"], given["eps"], given["mask"], config)
+            else:
+                soft_topk.soft_topk_forward(given["s"], given["k"], given["eps"], given["mask"], config)
+        elif "backward" in given:
+            coordinate_descent.coordinate_descent_backward(
+                given["g"], given["s"], given["kept"], given["k"], given["mask"], 3, 0.1, 0.1, 1.0, True, config
+            )
+        else:
+            coordinate_descent.coordinate_descent_forward(given["s"], given["k"], given["mask"], 3, 0.1, 0.1, 1.0, True, 3, config)
+        return seen[-1]
+
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    value = "k" if op == "coordinate_descent" else "eps"
+    for forward, others in (
+        (True, [{"s": wide}, {"k": wide_row}, {value: wide_row}, {"mask": mask}, {"k": 1.0}]),
+        (False, [{"s": wide}, {"g": wide}, {"kept": torch.zeros(2, 3, dtype=torch.float64)}, {value: wide_row}, {"mask": mask}]),
+    ):
+        how = {} if forward else {"backward": True}
+        first = prepared(**how)
+        assert prepared(**how) is first
+        for other in others:
+            assert prepared(**how, **other) is not first, other

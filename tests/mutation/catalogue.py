@@ -189,10 +189,10 @@ launch(
     "return (torch.float64, tl.float32) if dtype == torch.float64",
 )
 launch(
-    "mask stride of the scores",
-    "the launch hands over the row stride of the scores for that of the mask",
+    "mask rows adjacent",
+    "the launch takes the rows of a mask for adjacent",
     "return mask.view(torch.uint8), mask.stride(0)",
-    "return mask.view(torch.uint8), like.stride(0)",
+    "return mask.view(torch.uint8), mask.shape[1]",
 )
 launch(
     "stride of k forgotten",
@@ -249,13 +249,13 @@ soft(
     start = part * chunk
     end = tl.minimum(start + chunk, n_cols)
     cols = columns(REPS, LANES, VEC)
-    words_ptr""",
+    if PROGRAMS > 1:""",
     """    program = tl.program_id(0)
     part = (program % PROGRAMS).to(tl.int32)
     start = part * chunk
     end = tl.minimum(start + chunk, n_cols)
     cols = columns(REPS, LANES, VEC)
-    words_ptr""",
+    if PROGRAMS > 1:""",
     where=_GPU,
 )
 soft(
@@ -365,14 +365,14 @@ soft(
 soft(
     "soft_topk: ends too early",
     "a row is done at a residual that the last step does not mend",
-    "            TOLERANCE=2.0**-48 if double else 2.0**-20,",
-    "            TOLERANCE=2.0**-24 if double else 2.0**-6,",
+    "        TOLERANCE=2.0**-48 if double else 2.0**-20,",
+    "        TOLERANCE=2.0**-24 if double else 2.0**-6,",
 )
 soft(
     "soft_topk: float64 to the tolerance of float32",
     "float64 rows are solved as far as float32 rows are",
-    "            TOLERANCE=2.0**-48 if double else 2.0**-20,",
-    "            TOLERANCE=2.0**-20,",
+    "        TOLERANCE=2.0**-48 if double else 2.0**-20,",
+    "        TOLERANCE=2.0**-20,",
 )
 soft(
     "soft_topk: last sweeps left out",
@@ -425,18 +425,14 @@ soft(
 soft(
     "soft_topk: one program too few",
     "the last program, whose rows are fewer, is not started",
-    """    grid = (-(-n_rows // shape.rows) * shape.programs,)
-
-    def solve""",
-    """    grid = (max(1, n_rows // shape.rows) * shape.programs,)
-
-    def solve""",
+    "        _forward,\n        (-(-n_rows // shape.rows) * shape.programs,),",
+    "        _forward,\n        (max(1, n_rows // shape.rows) * shape.programs,),",
 )
 soft(
     "soft_topk: words not zeroed",
     "the memory in which programs exchange sums starts with what was there before",
-    "torch.zeros((n_rows, ring, SLOTS.value, shape.programs), dtype=torch.int64, device=scores.device) if shared",
-    "torch.empty((n_rows, ring, SLOTS.value, shape.programs), dtype=torch.int64, device=scores.device) if shared",
+    "words = scores.new_zeros(",
+    "words = scores.new_empty(",
 )
 soft(
     "soft_topk: NaN row with a threshold",
@@ -529,8 +525,8 @@ soft(
 soft(
     "soft_topk: deps of one program",
     "of the gradient of eps only the first program's share is returned",
-    "        deps = deps.sum(1) if shared else deps.view(-1)",
-    "        deps = deps[:, 0] if shared else deps.view(-1)",
+    "        deps = deps.sum(1) if programs > 1 else deps.view(-1)",
+    "        deps = deps[:, 0] if programs > 1 else deps.view(-1)",
 )
 soft(
     "soft_topk: mass summed anew in each tile",
@@ -595,14 +591,14 @@ descent(
 descent(
     "descent: tail from the first iteration",
     "where eps is constant the first iteration is run as the others are, on the scores",
-    "            max(t_floor, 1),\n            n_iters,",
-    "            max(t_floor, 0),\n            n_iters,",
+    "        max(t_floor, 1),\n        n_iters,",
+    "        max(t_floor, 0),\n        n_iters,",
 )
 descent(
     "descent: tail one iteration early",
     "the iterations that share one exponential begin before eps has reached its last value",
-    "            max(t_floor, 1),\n            n_iters,",
-    "            max(t_floor - 1, 1),\n            n_iters,",
+    "        max(t_floor, 1),\n        n_iters,",
+    "        max(t_floor - 1, 1),\n        n_iters,",
 )
 descent(
     "descent: shift not taken back",
@@ -692,8 +688,8 @@ descent(
 descent(
     "descent: wrong segments",
     "segments are cut from T - 1 iterations",
-    "    base, remainder = divmod(n_iters, segments)",
-    "    base, remainder = divmod(max(n_iters - 1, segments), segments)",
+    "*divmod(n_iters, segments), segments),",
+    "*divmod(max(n_iters - 1, segments), segments), segments),",
 )
 descent(
     "descent: off by one segment",
@@ -839,21 +835,21 @@ descent(
 descent(
     "descent: no room for A_T",
     "the sums of a program have a slot too few where T is a power of two",
-    "        t_block = next_power_of_2(n_iters + 1)",
-    "        t_block = next_power_of_2(n_iters)",
+    "    t_block = next_power_of_2(n_iters + 1)",
+    "    t_block = next_power_of_2(n_iters)",
     where=_GPU,
 )
 descent(
     "descent: one program too few",
     "the last program, whose rows are fewer, is not started",
-    "    grid = (-(-n_rows // shape.rows) * (segments if recompute else 1) * shape.programs,)",
-    "    grid = (max(1, n_rows // shape.rows) * (segments if recompute else 1) * shape.programs,)",
+    "        (-(-n_rows // shape.rows) * (segments if recompute else 1) * shape.programs,),",
+    "        (max(1, n_rows // shape.rows) * (segments if recompute else 1) * shape.programs,),",
 )
 descent(
     "descent: fewer segments started",
     "the recomputation leaves out the last segment",
-    "    grid = (-(-n_rows // shape.rows) * (segments if recompute else 1) * shape.programs,)",
-    "    grid = (-(-n_rows // shape.rows) * (max(segments - 1, 1) if recompute else 1) * shape.programs,)",
+    "        (-(-n_rows // shape.rows) * (segments if recompute else 1) * shape.programs,),",
+    "        (-(-n_rows // shape.rows) * (max(segments - 1, 1) if recompute else 1) * shape.programs,),",
 )
 
 # --- kernels/cpu.py --------------------------------------------------------------------------------------------------
@@ -1051,15 +1047,15 @@ ops(
 ops(
     "ops: gradients of k and eps swapped",
     "autograd returns the gradient of eps for k, and that of k for eps",
-    "dk if needs_k else None, None, deps if needs_eps else None, None, None, None",
-    "deps if needs_k else None, None, dk if needs_eps else None, None, None, None",
+    "dk if needs_k else None, deps if needs_eps else None, None",
+    "deps if needs_k else None, dk if needs_eps else None, None",
     op=SOFT,
 )
 ops(
     "ops: gradient nobody asked for",
     "a k that is a number gets a gradient",
-    "return dscores if needs_scores else None, dk if needs_k else None, *((None,) * 9)",
-    "return dscores if needs_scores else None, dk, *((None,) * 9)",
+    "return dscores if needs_scores else None, dk if needs_k else None, None\n",
+    "return dscores if needs_scores else None, dk, None\n",
     op=DESCENT,
 )
 ops(
