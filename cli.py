@@ -570,6 +570,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--shapes", metavar="ROWSxN,...", type=_shapes, help=text)
     text = f"measure these operators alone, of {', '.join(MEASURED_OPS)}"
     one.add_argument("--only", metavar="OP,...", type=_some_of(MEASURED_OPS), help=text)
+    text = "how long it may take; what is not measured by then is said to be left out (default: 160 on a GPU, 60 on a CPU)"
+    one.add_argument("--seconds", metavar="N", type=_whole(1), help=text)
     add_json(one)
 
     one = add(
@@ -581,7 +583,8 @@ def _parser() -> argparse.ArgumentParser:
         "  coordroute sanitize --device cuda:0 --tools memcheck,initcheck --json sanitize.json\n"
         "  coordroute sanitize --sanitizer /usr/local/cuda/bin/compute-sanitizer --seconds 600\n",
     )
-    one.add_argument("--device", metavar="DEVICE", help="cuda or cuda:INDEX (default: the current GPU)")
+    text = "cuda or cuda:INDEX (default: all GPUs of the current one's model side by side)"
+    one.add_argument("--device", metavar="DEVICE", help=text)
     text = f"run these alone, of {', '.join(SANITIZERS)} (default: all)"
     one.add_argument("--tools", metavar="TOOL,...", type=_some_of(SANITIZERS), default=SANITIZERS, help=text)
     text = "how long it may take, all in all (default: %(default)s)"
@@ -1225,7 +1228,9 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 
     device = _device(arguments.device)
     with _working(arguments) as progress:
-        evidence = benchmark.run(device, arguments.peers, progress, shapes=arguments.shapes, only=arguments.only)
+        evidence = benchmark.run(
+            device, arguments.peers, progress, shapes=arguments.shapes, only=arguments.only, seconds=arguments.seconds
+        )
     _finish(arguments, evidence, lambda: _show_benchmark(evidence))
     return OK
 
@@ -1339,6 +1344,7 @@ def _sanitize(arguments: argparse.Namespace) -> int:
         _need_rich()
     _check_json(arguments)
     _check_environment()
+    from .autotune import device as devices
     from .autotune import sanitize
 
     try:
@@ -1349,8 +1355,9 @@ def _sanitize(arguments: argparse.Namespace) -> int:
     if device.type != "cuda":
         what = "there is no GPU here" if arguments.device is None else f"--device is {arguments.device!r}"
         raise Problem(f"{what}; compute-sanitizer looks at kernels on NVIDIA GPUs: cuda or cuda:INDEX")
+    gpus = devices.alike(device) if arguments.device is None else (str(device),)
     with _working(arguments) as progress:
-        evidence = sanitize.run(device, sanitizer, arguments.tools, arguments.seconds, progress, arguments.self_check)
+        evidence = sanitize.run(device, sanitizer, arguments.tools, arguments.seconds, progress, arguments.self_check, gpus)
     _finish(arguments, evidence, lambda: _show_sanitize(evidence))
     return OK if evidence["ok"] else CHECK_FAILED
 

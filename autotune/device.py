@@ -113,6 +113,14 @@ def identity(device: torch.device) -> Identity:
     return Identity(_cpu_name(), os.cpu_count() or 1, platform.machine() or "unknown")
 
 
+def alike(device: torch.device) -> tuple[str, ...]:
+    """The visible GPUs of the same model as this one, itself first."""
+    name = torch.cuda.get_device_name(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    others = [i for i in range(torch.cuda.device_count()) if i != index and torch.cuda.get_device_name(i) == name]
+    return tuple(f"cuda:{i}" for i in (index, *others))
+
+
 def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

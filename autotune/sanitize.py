@@ -8,9 +8,10 @@ The tools (https://docs.nvidia.com/compute-sanitizer/ComputeSanitizer/index.html
     synccheck  barriers that not all threads reach, or with wrong arguments
 
 First all launches (launches.py) run without a tool, in several processes, which compiles them into Triton's cache; then each tool
-runs a process for each group of them, side by side. Such a process is this module run as a program under the sanitizer. It keeps
-a journal, and a group counts as finished only if the journal says that every launch ended: some sanitizers end with status 0 and
-"0 errors" where the program did not even start. Each tool must also report a fault that was planted for it (planted.py).
+runs processes for each group of them, side by side, on all GPUs of the kind. Such a process is this module run as a program under
+the sanitizer. It keeps a journal, and a group counts as finished only if the journal says that every launch ended: some sanitizers
+end with status 0 and "0 errors" where the program did not even start. Each tool must also report a fault that was planted for it
+(planted.py).
 
 Torch's caching allocator is off in all of these processes (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that each tensor is an
 allocation of its own and a single number beyond its end is seen; memcheck pads the allocations too. No kernel is left out by
@@ -22,6 +23,7 @@ calls that may fail; where one of ours fails, the launch raises.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -49,6 +51,9 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 SECONDS = 240.0
 """How long it may all take; what has not ended by then is ended, and said to be not finished."""
+
+PART, PART_WAITING = 24, 8
+"""Launches of a process, and of one whose programs wait for each other: these take longest."""
 
 KEPT_REPORTS = 5
 """Reports of each tool that are kept."""
@@ -302,8 +307,9 @@ def _options(tool: str, log: Path) -> list[str]:
     return options + (["--padding", "512", "--report-api-errors", "no"] if tool == "memcheck" else [])
 
 
-def _run_all(jobs: Sequence[Job], device: str, sanitizer: Sanitizer, deadline: float, tell: Callable[[], None]) -> None:
-    """Runs the jobs, one a core, in their order; what has not ended at the deadline is killed or never begun."""
+def _run_all(jobs: Sequence[Job], gpus: Sequence[str], sanitizer: Sanitizer, deadline: float, tell: Callable[[], None]) -> None:
+    """Runs the jobs, one a core, in their order, on the GPUs in turn; at the deadline what has not ended is killed."""
+    turn = itertools.cycle(gpus)
     width = devices.usable_cores()
     waiting, running = list(jobs), list[Job]()
     try:
@@ -311,7 +317,7 @@ def _run_all(jobs: Sequence[Job], device: str, sanitizer: Sanitizer, deadline: f
             running = [job for job in running if not job.over()]
             while waiting and len(running) < width:
                 job = waiting.pop(0)
-                job.start(device, sanitizer)
+                job.start(next(turn), sanitizer)
                 running.append(job)
             tell()
             time.sleep(0.1)
@@ -361,6 +367,23 @@ def judge(job: Job) -> dict[str, Any]:
     }
 
 
+def _judge_all(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """One row a group, of all its processes."""
+    found = []
+    for group in dict.fromkeys(job.group for job in jobs):
+        own = [job for job in jobs if job.group == group]
+        rows = [judge(job) for job in own]
+        verdicts = {row["verdict"] for row in rows}
+        ended = [job.cases[event["end"]] for job in own for event in job.events() if "end" in event]
+        row = {"group": group} | {name: sum(row[name] for row in rows) for name in ("launches", "planned", "errors", "foreign")}
+        row["configurations"] = len({one for case in ended for one in case.configurations()})
+        row["verdict"] = "errors" if "errors" in verdicts else "not finished" if verdicts != {"clean"} else "clean"
+        row["reason"] = next((row["reason"] for row in rows if row["reason"]), "")
+        row["seconds"] = round(sum(row["seconds"] for row in rows), 1)
+        found.append(row)
+    return found
+
+
 def _named(case: Case) -> str:
     """A case for a person, such as "soft_topk float32 3x6143 odd (resident 8192x1, 4 warps | resident 8192x1, 8 warps)"."""
     forward, backward = (
@@ -372,7 +395,7 @@ def _named(case: Case) -> str:
 
 def _of_tool(tool: str, planted: Job, jobs: Sequence[Job], located: Sequence[Job]) -> dict[str, Any]:
     """The row of one tool in the evidence."""
-    groups = [judge(job) for job in jobs]
+    groups = _judge_all(jobs)
     ended = [job.cases[event["end"]] for job in jobs for event in job.events() if "end" in event]
     verdicts = {group["verdict"] for group in groups}
     blind = _blind(planted)
@@ -416,6 +439,7 @@ def run(
     seconds: float,
     progress: Progress,
     self_check: bool = False,
+    gpus: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Runs the tools over all launches of :func:`launches.plan`.
 
@@ -426,14 +450,17 @@ def run(
         seconds: how long it may take.
         progress: called with (total, done, text, seconds left) now and then; done are cases.
         self_check: only the planted faults.
+        gpus: names of devices of the same kind to share the work; that one alone where there are none.
 
     Returns:
         The evidence: device, versions (the sanitizer's too), date, seconds, ok, and for each tool ``{"tool", "launches",
-        "configurations", "errors", "verdict": "clean" | "errors" | "not finished", "seconds" (from the first of its processes
-        to the last), "reports"}`` with its groups. ``cases`` are the launches that were seen to err one by one.
+        "configurations", "errors", "verdict": "clean" | "errors" | "not finished", "seconds" (from the first of its
+        processes to the last), "reports"}`` with its groups (whose "seconds" are added up over their processes). ``cases``
+        are the launches that were seen to err one by one.
     """
     begin = time.monotonic()
     deadline = begin + seconds
+    gpus = gpus or (str(device),)
     cases = [] if self_check else launches.plan(launches.configured(device), devices.identity(device).sm_count)
     groups: dict[str, list[Case]] = {}
     for case in cases:
@@ -444,7 +471,12 @@ def run(
         # the rows of "special" need no binary of their own
         parts = _parts([case for case in cases if case.inputs != "special"], os.cpu_count() or 1)
         compiling = [Job(f"compile-{i}", "", "compilation", part, folder) for i, part in enumerate(parts)]
-        checks = [Job(f"{tool}-{i}", tool, group, own, folder) for tool in tools for i, (group, own) in enumerate(groups.items())]
+        checks = [
+            Job(f"{tool}-{i}-{j}", tool, group, part, folder)
+            for tool in tools
+            for i, (group, own) in enumerate(groups.items())
+            for j, part in enumerate(_parts(own, -(-len(own) // (PART_WAITING if "split" in group else PART))))
+        ]
         # programs that wait for each other take longest
         checks.sort(key=lambda job: ("split" not in job.group, job.tool != "racecheck"))
         every = [*compiling, *checks]
@@ -454,7 +486,7 @@ def run(
             progress(sum(len(job.cases) for job in every), done, text, None)
 
         def go(jobs: Sequence[Job], text: str) -> None:
-            _run_all(jobs, str(device), sanitizer, deadline, lambda: tell(text))
+            _run_all(jobs, gpus, sanitizer, deadline, lambda: tell(text))
 
         go([*compiling, *planted.values()], "compiling, and faults that the tools must see")
         seeing = [job for job in checks if not _blind(planted[job.tool])]

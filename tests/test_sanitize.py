@@ -458,6 +458,32 @@ def test_launches_with_errors_are_looked_at_one_by_one(tmp_path, monkeypatch):
     assert tool["verdict"] == "errors" and tool["cases"] == [sanitize._named(cases[1])]
 
 
+def test_a_group_is_shared_between_processes_and_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(launches, "configured", lambda device: [])
+    monkeypatch.setattr(sanitize, "PART", 2)
+    cases = [Case("soft_topk", "float32", TINY, TINY, 5, n, "whole") for n in (32, 31, 23, 22, 21)]
+    monkeypatch.setattr(launches, "plan", lambda files, processors: cases)
+    program = tmp_path / "launcher.py"
+    # the second launch of the process that has the row of 21 is never ended
+    program.write_text(
+        "import json, sys\n"
+        "cases = json.load(open(sys.argv[3])) if sys.argv[3].endswith('.json') else []\n"
+        f"open({str(tmp_path / 'devices')!r}, 'a').write(sys.argv[1] + '\\n')\n"
+        "events = [{'pid': 1 << 30}]\n"
+        "for i, case in enumerate(cases):\n"
+        "    events += [{'begin': i}] + [{'end': i}] * (case['n'] != 21)\n"
+        "events += [{'done': True}] * all(case['n'] != 21 for case in cases)\n"
+        "open(sys.argv[2], 'w').write(''.join(json.dumps(event) + '\\n' for event in events))\n"
+    )
+    monkeypatch.setattr(sanitize, "PROGRAM", (sys.executable, str(program)))
+    found = sanitize.run(CPU, _fake(tmp_path, CLEAN), ["memcheck"], 100, lambda *told: None, gpus=("cpu:0", "cpu:1"))
+    (tool,) = found["tools"]
+    (group,) = tool["groups"]
+    assert (group["launches"], group["planned"], group["verdict"]) == (8, 10, "not finished") and not found["ok"]
+    assert tool["launches"] == 8 and "did not all end" in group["reason"] and tool["verdict"] == "not finished"
+    assert set((tmp_path / "devices").read_text().split()) == {"cpu:0", "cpu:1"}
+
+
 def test_process_that_does_not_end_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(launches, "configured", lambda device: [])
     case = Case("soft_topk", "float32", TINY, TINY, 5, 32, "whole")
