@@ -95,6 +95,8 @@ def run(
         raise ValueError(f"rounds is {rounds}; at least 2 are needed")
     begin = time.monotonic()
     device = devices.as_device(device)
+    # what serves a call is what the files say, as in model code
+    kernel_config.use_lookup(store.lookup)
     backend = devices.backend(device)
     todo = list(keys(backend, between) if chosen is None else chosen)
     workers = default_workers(backend) if workers is None else workers
@@ -165,6 +167,29 @@ def serving(key: Key, device: torch.device) -> LaunchConfig:
     config = kernel_config.resolve(key.op, key.direction, getattr(torch, key.dtype), key.rows, key.n, device)
     default = kernel_config.heuristic(bucket(key), devices.backend(device))
     return space.with_segments(config, default.checkpoint_segments)
+
+
+def served_by(data: Json, configs: Mapping[Key, LaunchConfig]) -> Json:
+    """What :func:`run` gave, with what serves each key by other configurations than at that time: nothing is timed for it.
+
+    Args:
+        data: as in exhaustive.json, of a GPU.
+        configs: those of a file that was tuned there.
+
+    Returns:
+        The same, where ``serves`` of a key is the candidate that these choose, or None where it was not among those timed.
+    """
+    keys = []
+    for one in data["keys"]:
+        key = Key(**one["key"])
+        wanted = bucket(key)
+        near = wanted if wanted in configs else store.nearest(wanted, dict(configs))
+        default = kernel_config.heuristic(wanted, "triton")
+        config = default if near is None or not kernel_config.fits(configs[near], wanted, key.n) else configs[near]
+        config = space.with_segments(config, default.checkpoint_segments)
+        found = [LaunchConfig.from_json(candidate["config"]) for candidate in one["candidates"]]
+        keys.append(one | {"serves": found.index(config) if config in found else None})
+    return data | {"keys": keys}
 
 
 def _timed(timer: Timer, key: Key, device: torch.device, compiles: list[Compiling], rounds: int) -> Json:

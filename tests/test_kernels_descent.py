@@ -34,8 +34,7 @@ OP = "coordinate_descent"
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every allocation is poisoned; numpy is not to tell of inf - inf that a select throws away."""
-    made = shared.Guarded()
-    monkeypatch.setattr(coordinate_descent, "torch", made)
+    made = shared.Guarded(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield

@@ -33,7 +33,7 @@ catalogue = _loaded("catalogue")
 
 FAST = (
     # Triton's interpreter
-    "soft_topk: low part of the threshold left out",
+    "soft_topk: rows beyond the last",
     "soft_topk: NaN does not spread",
     "descent: off by one segment",
     # the torch backend

@@ -69,7 +69,10 @@ def _stale(size: tuple[int, ...], dtype: torch.dtype, device: Any) -> torch.Tens
 
 
 class Guarded:
-    """torch for a module of kernels, whose ``empty`` returns NaN between two bands of NaN, or stale words where it is integers."""
+    """torch for a module of kernels, whose ``empty`` returns NaN between two bands of NaN, or stale words where it is integers.
+
+    ``new_empty`` of a tensor does so too, once it is :meth:`installed`.
+    """
 
     def __init__(self) -> None:
         self.bands: list[torch.Tensor] = []
@@ -89,6 +92,17 @@ class Guarded:
         self.bands += [memory[:GUARD], memory[GUARD + count :]]
         return memory[GUARD : GUARD + count].view(size)
 
+    def installed(self) -> None:
+        plain = torch.Tensor.new_empty
+
+        def new_empty(like: torch.Tensor, shape: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+            # Triton's interpreter allocates for itself, on a device that it names
+            if options:
+                return plain(like, shape, dtype=dtype, **options)
+            return self.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+        torch.Tensor.new_empty = new_empty  # type: ignore[method-assign, assignment]
+
     def broken(self) -> bool:
         """Whether anything was written into a band since the last call."""
         bands, self.bands = self.bands, []
@@ -101,13 +115,10 @@ _guarded = Guarded()
 
 def guard(place: str) -> None:
     """Every output that the kernels allocate is poisoned from now on."""
-    modules: list[Any] = [cpu]
-    if place != "cpu":
-        from coordroute.kernels import coordinate_descent, soft_topk
-
-        modules = [coordinate_descent, soft_topk]
-    for module in modules:
-        module.torch = _guarded
+    if place == "cpu":
+        cpu.torch = _guarded  # type: ignore[attr-defined]
+    else:
+        _guarded.installed()
 
 
 # --- ways to call an operator ----------------------------------------------------------------------------------------
