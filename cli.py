@@ -600,7 +600,9 @@ def _parser() -> argparse.ArgumentParser:
         "time every candidate of some keys, for replay and for the report",
         "Times every candidate of 48 keys (on a CPU 12), without verifying or tuning anything.\n"
         "The search is judged by these timings: see `coordroute replay`.",
-        "  coordroute exhaust --json exhaustive.json\n  torchrun --nproc-per-node=2 -m coordroute exhaust --json exhaustive.json\n",
+        "  coordroute exhaust --json exhaustive.json\n"
+        "  torchrun --nproc-per-node=2 -m coordroute exhaust --json exhaustive.json\n"
+        "  coordroute exhaust --timed between.json --served-by autotune/configs/nvidia-h100-80gb-hbm3.json --json between.json\n",
     )
     add_device(one)
     text = "samples of each candidate; replay takes half of them for the truth (default: %(default)s)"
@@ -609,6 +611,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--between", action="store_true", help=text)
     text = "begin no key after N seconds, and keep those that were timed (default: all keys, however long they take)"
     one.add_argument("--seconds", metavar="N", type=_whole(1), help=text)
+    text = "time nothing: take what --json FILE of an earlier run has, and say anew what serves each key"
+    one.add_argument("--timed", metavar="FILE", help=text)
+    text = "with --timed, the configuration file that serves, of that GPU"
+    one.add_argument("--served-by", metavar="FILE", help=text)
     add_json(one)
 
     one = add(
@@ -896,6 +902,8 @@ def _exhaust(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
     from .autotune import exhaust, worker
 
+    if arguments.timed is not None or arguments.served_by is not None:
+        return _served_by(arguments)
     device = _device(arguments.device)
     try:
         with _crew() as crew, _working(arguments) as progress:
@@ -912,6 +920,23 @@ def _exhaust(arguments: argparse.Namespace) -> int:
     return OK if all(key["candidates"][key["default"]]["status"] == "timed" for key in data["keys"]) else CHECK_FAILED
 
 
+def _served_by(arguments: argparse.Namespace) -> int:
+    from .autotune import exhaust, store
+    from .reports import evidence
+
+    if arguments.timed is None or arguments.served_by is None:
+        raise Problem("--timed and --served-by belong together: timings of an earlier run, and the configuration file that serves")
+    try:
+        timed, configs = evidence.read_file(Path(arguments.timed), "exhaustive"), store.read(Path(arguments.served_by)).configs
+    except FileNotFoundError as error:
+        raise Problem(f"there is no file {error.filename}") from error
+    except ValueError as error:
+        raise Problem(_one_line(error)) from error
+    data = exhaust.served_by(timed, configs)
+    _finish(arguments, data, lambda: _show_exhaust(data))
+    return OK
+
+
 def _show_exhaust(data: Mapping[str, Any]) -> Iterator[str]:
     from .reports.candidates import quantile
 
@@ -921,7 +946,7 @@ def _show_exhaust(data: Mapping[str, Any]) -> Iterator[str]:
         times = {id(one): statistics.median(one["samples"]) for one in found}
         default = key["candidates"][key["default"]]
         best = min(found, key=lambda one: times[id(one)], default=None)
-        serves = key["candidates"][key["serves"]]
+        serves = default if key["serves"] is None else key["candidates"][key["serves"]]
         serves = serves if serves["same_as"] is None else key["candidates"][serves["same_as"]]
 
         def over_best(one: Mapping[str, Any], best: Any = best, times: Mapping[int, float] = times) -> str:
@@ -936,7 +961,7 @@ def _show_exhaust(data: Mapping[str, Any]) -> Iterator[str]:
                 _us(times.get(id(default))),
                 _us(times[id(best)] if best is not None else None),
                 over_best(default),
-                over_best(serves),
+                "-" if key["serves"] is None else over_best(serves),
                 _config_text(best["config"]) if best is not None else "-",
             )
         )

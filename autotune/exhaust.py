@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from ..kernels import config as kernel_config
 from ..kernels.config import DIRECTIONS, OPS, Key, LaunchConfig
 from . import device as devices
-from . import space
+from . import space, store
 from .crew import Crew
 from .search import Progress, default_workers, label
 from .timer import Timer, processes

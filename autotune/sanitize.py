@@ -52,8 +52,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SECONDS = 240.0
 """How long it may all take; what has not ended by then is ended, and said to be not finished."""
 
-PART, PART_WAITING = 24, 8
-"""Launches of a process, and of one whose programs wait for each other: these take longest."""
+PART, PART_WAITING, PART_RACES = 24, 8, 2
+"""Launches of a process; of one whose programs wait for each other; and where racecheck looks at these, half a minute each."""
 
 KEPT_REPORTS = 5
 """Reports of each tool that are kept."""
@@ -475,7 +475,7 @@ def run(
             Job(f"{tool}-{i}-{j}", tool, group, part, folder)
             for tool in tools
             for i, (group, own) in enumerate(groups.items())
-            for j, part in enumerate(_parts(own, -(-len(own) // (PART_WAITING if "split" in group else PART))))
+            for j, part in enumerate(_parts(own, -(-len(own) // _part(tool, group))))
         ]
         # programs that wait for each other take longest
         checks.sort(key=lambda job: ("split" not in job.group, job.tool != "racecheck"))
@@ -515,6 +515,12 @@ def run(
         "ok": all(good),
         "tools": found,
     }
+
+
+def _part(tool: str, group: str) -> int:
+    if "split" not in group:
+        return PART
+    return PART_RACES if tool == "racecheck" else PART_WAITING
 
 
 def _parts(cases: Sequence[Case], count: int) -> Iterable[list[Case]]:

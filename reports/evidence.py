@@ -488,8 +488,9 @@ def _check_exhaustive(path: Path, data: Json) -> None:
 def _check_between(path: Path, data: Json) -> None:
     _check_exhaustive(path, data)
     for i, key in enumerate(data["keys"]):
-        _check(path, f"keys[{i}].serves", key.get("serves"), WHOLE)
-        _candidate(path, f"keys[{i}].serves", key["serves"], key["candidates"])
+        _check(path, f"keys[{i}].serves", key.get("serves", "missing"), MAYBE_WHOLE)
+        if key["serves"] is not None:
+            _candidate(path, f"keys[{i}].serves", key["serves"], key["candidates"])
 
 
 def _check_time(path: Path, at: str, position: int, one: Json, candidates: list[Json]) -> None:

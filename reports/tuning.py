@@ -266,9 +266,10 @@ def transfer(between: Json | None) -> list[Block]:
     """What serves at shapes that no key has, beside the best that could; nothing where there is no file."""
     if between is None:
         return []
+    every = landscapes(between)
     found = [
         (one, one.best, one.serves, ratio)
-        for one in landscapes(between)
+        for one in every
         if one.best is not None and one.serves is not None and (ratio := one.serving_over_best) is not None
     ]
     blocks: list[Block] = [Heading("Between the keys", anchor="between")]
@@ -282,6 +283,10 @@ def transfer(between: Json | None) -> list[Block]:
         f"time of the best at the median, {text.times(p95)} at p95 (at most {text.times(TRANSFER_GOAL)} is the goal: "
         f"{'met' if p95 <= TRANSFER_GOAL else 'missed'}), {text.times(max(ratios))} at worst."
     )
+    if lacking := len(every) - len(found):
+        said += f" What serves {text.several(lacking, 'more shape')} was not among the candidates."
+    if left_out := between.get("left_out"):
+        said += f" No time was left for {text.several(left_out, 'shape')}."
     blocks.append(Words(said, "pass" if p95 <= TRANSFER_GOAL else "fail"))
     columns = [Column("shape", False), Column("best µs"), Column("serves ÷ best"), Column("default ÷ best")]
     columns += [Column("serves", False), Column("best", False)]

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from coordroute import cli
-from coordroute.autotune import exhaust, hosttime, replay, space, timer
+from coordroute.autotune import exhaust, hosttime, replay, space, store, timer
 from coordroute.kernels import config as kernel_config
 from coordroute.kernels.config import Key, LaunchConfig
 
@@ -96,6 +96,39 @@ def test_sizes_between_the_keys_stay_as_they_are():
 def test_too_few_rounds_are_refused():
     with pytest.raises(ValueError, match="rounds is 1; at least 2"):
         exhaust.run("cpu", 1, chosen=[KEY], workers=0)
+
+
+def test_what_serves_is_what_the_files_say(few, monkeypatch):
+    """Without the store's lookup, which the front door of the package hands over, the heuristic would serve everything."""
+    monkeypatch.setattr(kernel_config, "_lookup", kernel_config._nothing_tuned)
+    tuned = LaunchConfig("eager", rows_per_program=2)
+    monkeypatch.setattr(store, "lookup", lambda device, key: tuned)
+    (key,) = exhaust.run("cpu", 2, chosen=[KEY], workers=0)["keys"]
+    assert key["serves"] == 2 and key["candidates"][2]["config"] == tuned.to_json()
+
+
+def test_what_serves_is_said_anew_without_timing(tmp_path, capsys):
+    def launch(block, warps):
+        return LaunchConfig("resident", block, 1, warps, 1)
+
+    def timed(key, *configs):
+        nothing = {"registers": None, "spills": None, "occupancy": None, "same_as": None, "status": "timed", "reason": ""}
+        candidates = [{"config": one.to_json(), "samples": [5.0 + i, 5.0 + i]} | nothing for i, one in enumerate(configs)]
+        return {"key": key._asdict(), "default": 0, "serves": 0, "seeds": [0], "candidates": candidates}
+
+    between = Key("soft_topk", "forward", "float32", 40, 3000)
+    elsewhere = between._replace(n=50_000)
+    default = kernel_config.heuristic(exhaust.bucket(elsewhere), "triton")
+    data = {"keys": [timed(between, launch(4096, 4), launch(4096, 8)), timed(elsewhere, launch(65536, 32), default)]}
+    near = between._replace(rows=16, n=4096)
+    assert [key["serves"] for key in exhaust.served_by(data, {near: launch(4096, 8)})["keys"]] == [1, 1]
+    assert [key["serves"] for key in exhaust.served_by(data, {near: launch(4096, 2)})["keys"]] == [None, 1]
+    assert data["keys"][0]["serves"] == 0
+
+    assert cli.main(["exhaust", "--timed", str(tmp_path / "none.json")]) == 2
+    assert "--timed and --served-by belong together" in capsys.readouterr().err
+    assert cli.main(["exhaust", "--timed", str(tmp_path / "none.json"), "--served-by", str(tmp_path / "no.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
 
 
 def test_the_command_shows_what_serves(few, monkeypatch, tmp_path, capsys):

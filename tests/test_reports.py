@@ -1122,7 +1122,7 @@ def synthetic_between(factor):
     candidates = [config | {"config": launch(warps=4), "samples": [10.0] * 3}]
     candidates += [config | {"config": launch(warps=8), "samples": [10.0 * factor] * 3}]
     key = {"key": dict(LANDSCAPES[0], rows=3000, n=200), "default": 0, "serves": 1, "seeds": [0], "candidates": candidates}
-    return {**head("exhaust"), "rounds": 3, "method": "SYNTHETIC", "keys": [key]}
+    return {**head("exhaust"), "rounds": 3, "left_out": 0, "method": "SYNTHETIC", "keys": [key]}
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1.04, "met"), (1.06, "missed")])
@@ -1132,6 +1132,17 @@ def test_what_serves_between_the_keys_is_compared_with_the_best(tmp_path, factor
     said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert f"{text.times(factor)} at p95 (at most 1.05× is the goal: {verdict})" in said
     assert "3000×200" in said and "between.json" in said
+    assert "was not among the candidates" not in said and "No time was left" not in said
+
+
+def test_shapes_between_the_keys_of_which_nothing_is_known_are_counted(tmp_path):
+    data = synthetic_between(1.04)
+    data["keys"].append(data["keys"][0] | {"key": dict(LANDSCAPES[0], rows=30, n=200), "serves": None})
+    write(tmp_path / "in", autotune=synthetic_autotune(), between=data | {"left_out": 2})
+    render(tmp_path / "in", tmp_path / "out")
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "Every candidate of 1 shape" in said and "1.04× at p95" in said
+    assert "What serves 1 more shape was not among the candidates. No time was left for 2 shapes." in said
 
 
 def test_a_file_of_shapes_between_the_keys_must_say_what_serves(tmp_path):
