@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -196,6 +197,22 @@ def test_each_device_has_its_binary(gpu: Driver, kernel: JITFunction, go: Go) ->
         go(kernel)
     assert [launch[1] for launch in gpu.launches] == [100, 101, 100, 101]
     assert [launch[2] for launch in gpu.launches] == [1, 2, 1, 2]
+
+
+def test_a_launch_runs_where_its_tensors_are(gpu: Driver, kernel: JITFunction, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def current(device: int) -> Iterator[None]:
+        before, gpu.device = gpu.device, device
+        yield
+        gpu.device = before
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    prepared = launcher.Prepared(kernel, (3,), (64, 64), 1, FLAG=True, BLOCK=64, num_warps=4)
+    for device in (0, 1, 0):
+        gpu.device = device
+        launcher.launch(prepared, (X, Y), (1.5,))
+        assert gpu.device == device
+    assert [launch[1] for launch in gpu.launches] == [101] * 3 and gpu.loaded == 1
 
 
 def test_launch_hooks_fire(gpu: Driver, kernel: JITFunction, ordinary: list[None], go: Go) -> None:
