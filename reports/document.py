@@ -109,6 +109,9 @@ def _verdict(evidence: Evidence, panels: list[Panel]) -> Words:
         said = f"{text.several(tuned, 'key')} {'is' if tuned == 1 else 'are'} tuned"
         if gain is not None and tuned:
             said += f", {text.times(gain)} as fast as by default in the geometric mean"
+            # the default itself may have become better since
+            if evidence.upgrade is not None and (since := evidence.upgrade["geometric_mean_gain"]) is not None:
+                said += f" ({text.times(since)} when they were proved anew)"
         parts.append(said)
     measured = [(panel, panel.ratios(Series("soft_topk", "coordroute"))) for panel in panels]
     panel, ratios = next(((p, r) for p, r in measured if r), (None, []))

@@ -318,6 +318,10 @@ def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:
         + (f", without a search in {text.several(again, 'group')} of {data['groups']}" if again is not None else "")
         + "."
     )
+    if (gain := data["geometric_mean_gain"]) is not None:
+        own = [key for key in data["keys"] if evidence_module.is_tuned(key) and not evidence_module.kept_default(key)]
+        said += f" {text.several(len(own), 'key')} kept a choice of their own"
+        said += f", and the gain over that day's default is {text.times(gain)}."
     if autotune is None or autotune["effort"] != data["effort"]:
         return [*blocks, Words(said)]
     share = data["seconds"] * max(data.get("gpus") or 1, 1) / (autotune["seconds"] * max(autotune.get("gpus") or 1, 1))

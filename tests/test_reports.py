@@ -1156,11 +1156,12 @@ def test_a_file_of_shapes_between_the_keys_must_say_what_serves(tmp_path):
 @pytest.mark.parametrize(("seconds", "gpus", "verdict"), [(10.0, 1, "met"), (10.0, 2, "missed")])
 def test_an_upgrade_is_compared_with_the_search_by_the_time_of_all_gpus(tmp_path, seconds, gpus, verdict):
     autotune = synthetic_autotune()
-    again = autotune | {"seconds": seconds, "gpus": gpus, "groups": 10, "reverified": 10}
+    again = autotune | {"seconds": seconds, "gpus": gpus, "groups": 10, "reverified": 10, "geometric_mean_gain": 1.02}
     write(tmp_path / "in", autotune=autotune, upgrade=again)
     render(tmp_path / "in", tmp_path / "out")
     said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "without a search in 10 groups of 10" in said and f"at most 10 % is the goal: {verdict}" in said
+    assert "(1.02× when they were proved anew)" in said and "the gain over that day's default is 1.02×." in said
 
 
 def test_what_fewer_configurations_would_cost():
