@@ -602,7 +602,7 @@ def _parser() -> argparse.ArgumentParser:
         "The search is judged by these timings: see `coordroute replay`.",
         "  coordroute exhaust --json exhaustive.json\n"
         "  torchrun --nproc-per-node=2 -m coordroute exhaust --json exhaustive.json\n"
-        "  coordroute exhaust --timed between.json --served-by autotune/configs/nvidia-h100-80gb-hbm3.json --json between.json\n",
+        "  coordroute exhaust --timed between.json --served-by tuned.json --json between.json\n",
     )
     add_device(one)
     text = "samples of each candidate; replay takes half of them for the truth (default: %(default)s)"

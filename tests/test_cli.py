@@ -640,13 +640,13 @@ def test_benchmark_sets_everything_beside_softmax_and_collects_what_was_skipped(
     ]
     found = {"device": devices.describe("cpu"), "seconds": 3.0, "method": "by the clock", "results": results}
 
-    def fake(device, peers, progress, *, shapes, only):
-        asked.append((device, peers, shapes, only))
+    def fake(device, peers, progress, *, shapes, only, seconds):
+        asked.append((device, peers, shapes, only, seconds))
         return found
 
     monkeypatch.setattr(benchmark, "run", fake)
-    status, out, err = run("benchmark", "--device", "cpu", "--peers")
-    assert (status, err, asked) == (0, "", [(CPU, True, None, None)])
+    status, out, err = run("benchmark", "--device", "cpu", "--peers", "--seconds", "7")
+    assert (status, err, asked) == (0, "", [(CPU, True, None, None, 7)])
     lines = [line.split() for line in out.splitlines()]
     assert ["8x1024", "float32"] in lines
     assert ["soft_topk", "coordroute", "100.0", "2.00", "40.00", "0.50"] in lines
