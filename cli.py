@@ -927,12 +927,14 @@ def _served_by(arguments: argparse.Namespace) -> int:
     if arguments.timed is None or arguments.served_by is None:
         raise Problem("--timed and --served-by belong together: timings of an earlier run, and the configuration file that serves")
     try:
-        timed, configs = evidence.read_file(Path(arguments.timed), "exhaustive"), store.read(Path(arguments.served_by)).configs
+        timed = evidence.read_file(Path(arguments.timed), "exhaustive")
+        data = exhaust.served_by(timed, store.read(Path(arguments.served_by)))
     except FileNotFoundError as error:
         raise Problem(f"there is no file {error.filename}") from error
+    except store.InvalidFile as error:
+        raise Problem(f"{arguments.served_by} is no configuration file: {_one_line(error)}") from error
     except ValueError as error:
         raise Problem(_one_line(error)) from error
-    data = exhaust.served_by(timed, configs)
     _finish(arguments, data, lambda: _show_exhaust(data))
     return OK
 
@@ -1380,7 +1382,7 @@ def _sanitize(arguments: argparse.Namespace) -> int:
     if device.type != "cuda":
         what = "there is no GPU here" if arguments.device is None else f"--device is {arguments.device!r}"
         raise Problem(f"{what}; compute-sanitizer looks at kernels on NVIDIA GPUs: cuda or cuda:INDEX")
-    gpus = devices.alike(device) if arguments.device is None else (str(device),)
+    gpus = devices.alike(device) if arguments.device is None else ()
     with _working(arguments) as progress:
         evidence = sanitize.run(device, sanitizer, arguments.tools, arguments.seconds, progress, arguments.self_check, gpus)
     _finish(arguments, evidence, lambda: _show_sanitize(evidence))

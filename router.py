@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .autotune import store
-from .kernels import config, derivatives, ops
+from .autotune import store  # noqa: F401 (with it the launches ask the configuration files)
+from .kernels import derivatives, ops
 
-config.use_lookup(store.lookup)
 # what serves torch.func goes into a compiled graph as it is: Dynamo would look inside, and knows no forward-mode rule
 torch.compiler.allow_in_graph(list(derivatives.FUNCTIONS))
 

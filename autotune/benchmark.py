@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from ..kernels import config as kernel_config
 from . import device as devices
-from . import hosttime, store, targets, timing
+from . import hosttime, targets, timing
 from .proof import PUBLISHED, one_line
 
 Progress = Callable[[int, int, str, float | None], None]
@@ -279,8 +278,6 @@ def run(
         raise ValueError(f"only names {unknown[0]!r}; allowed are {', '.join(OPS)}")
     begin = time.monotonic()
     device = devices.as_device(device)
-    # ours run as model code runs them: with the tuned configurations
-    kernel_config.use_lookup(store.lookup)
     cuda = device.type == "cuda"
     wanted = shapes or (GPU_SHAPES if cuda else CPU_SHAPES)
     deadline = begin + (seconds or (GPU_SECONDS if cuda else CPU_SECONDS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from typing import Any
@@ -95,8 +95,6 @@ def run(
         raise ValueError(f"rounds is {rounds}; at least 2 are needed")
     begin = time.monotonic()
     device = devices.as_device(device)
-    # what serves a call is what the files say, as in model code
-    kernel_config.use_lookup(store.lookup)
     backend = devices.backend(device)
     todo = list(keys(backend, between) if chosen is None else chosen)
     workers = default_workers(backend) if workers is None else workers
@@ -165,29 +163,41 @@ def _compiled(pool: Pool | Inline, key: Key, device: torch.device) -> list[Compi
 def serving(key: Key, device: torch.device) -> LaunchConfig:
     """The configuration that a call of these sizes gets on this machine, with the number of checkpoint segments of the others."""
     config = kernel_config.resolve(key.op, key.direction, getattr(torch, key.dtype), key.rows, key.n, device)
-    default = kernel_config.heuristic(bucket(key), devices.backend(device))
-    return space.with_segments(config, default.checkpoint_segments)
+    return _among(config, key, devices.backend(device))
 
 
-def served_by(data: Json, configs: Mapping[Key, LaunchConfig]) -> Json:
-    """What :func:`run` gave, with what serves each key by other configurations than at that time: nothing is timed for it.
+def _among(config: LaunchConfig, key: Key, backend: str) -> LaunchConfig:
+    """A configuration as it stands among the candidates, which all have the default's number of checkpoint segments."""
+    return space.with_segments(config, kernel_config.heuristic(bucket(key), backend).checkpoint_segments)
+
+
+def served_by(data: Json, file: store.ConfigFile) -> Json:
+    """What :func:`run` gave, with what serves each key by another file than at that time: nothing is timed for it.
 
     Args:
-        data: as in exhaustive.json, of a GPU.
-        configs: those of a file that was tuned there.
+        data: as in exhaustive.json.
+        file: what was tuned for the same device.
 
     Returns:
-        The same, where ``serves`` of a key is the candidate that these choose, or None where it was not among those timed.
+        The same, where ``serves`` of a key is the candidate that the file chooses, or None where it was not among those timed.
+
+    Raises:
+        ValueError: the file is of another device, or none of its entries can be used.
     """
+    if file.device["name"] != data["device"]["name"]:
+        what = f"{file.path} is of {file.device['name']}, the timings are of {data['device']['name']}"
+        raise ValueError(f"{what}; one device is needed")
+    if not file.configs:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in file.rejected.items()) or "it has no entries"
+        raise ValueError(f"{file.path} serves nothing: {reasons}")
+    backend = "cpu" if devices.architecture(data["device"]["capability"]).startswith("cpu") else "triton"
     keys = []
     for one in data["keys"]:
         key = Key(**one["key"])
-        wanted = bucket(key)
-        near = wanted if wanted in configs else store.nearest(wanted, dict(configs))
-        default = kernel_config.heuristic(wanted, "triton")
-        config = default if near is None or not kernel_config.fits(configs[near], wanted, key.n) else configs[near]
-        config = space.with_segments(config, default.checkpoint_segments)
+        near = store.nearest(bucket(key), file.configs)
+        config = kernel_config.heuristic(bucket(key), backend) if near is None else file.configs[near]
         found = [LaunchConfig.from_json(candidate["config"]) for candidate in one["candidates"]]
+        config = _among(config, key, backend)
         keys.append(one | {"serves": found.index(config) if config in found else None})
     return data | {"keys": keys}
 

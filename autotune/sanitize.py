@@ -373,15 +373,24 @@ def _judge_all(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     for group in dict.fromkeys(job.group for job in jobs):
         own = [job for job in jobs if job.group == group]
         rows = [judge(job) for job in own]
-        verdicts = {row["verdict"] for row in rows}
-        ended = [job.cases[event["end"]] for job in own for event in job.events() if "end" in event]
         row = {"group": group} | {name: sum(row[name] for row in rows) for name in ("launches", "planned", "errors", "foreign")}
-        row["configurations"] = len({one for case in ended for one in case.configurations()})
-        row["verdict"] = "errors" if "errors" in verdicts else "not finished" if verdicts != {"clean"} else "clean"
+        row["configurations"] = _configurations(own)
+        row["verdict"] = _verdict(rows)
         row["reason"] = next((row["reason"] for row in rows if row["reason"]), "")
         row["seconds"] = round(sum(row["seconds"] for row in rows), 1)
         found.append(row)
     return found
+
+
+def _configurations(jobs: Sequence[Job]) -> int:
+    """How many different ones are in the launches that ended."""
+    ended = [job.cases[event["end"]] for job in jobs for event in job.events() if "end" in event]
+    return len({one for case in ended for one in case.configurations()})
+
+
+def _verdict(rows: Sequence[dict[str, Any]]) -> str:
+    verdicts = {row["verdict"] for row in rows}
+    return "errors" if "errors" in verdicts else "not finished" if verdicts != {"clean"} else "clean"
 
 
 def _named(case: Case) -> str:
@@ -396,18 +405,16 @@ def _named(case: Case) -> str:
 def _of_tool(tool: str, planted: Job, jobs: Sequence[Job], located: Sequence[Job]) -> dict[str, Any]:
     """The row of one tool in the evidence."""
     groups = _judge_all(jobs)
-    ended = [job.cases[event["end"]] for job in jobs for event in job.events() if "end" in event]
-    verdicts = {group["verdict"] for group in groups}
     blind = _blind(planted)
-    verdict = "errors" if "errors" in verdicts else "not finished" if blind or verdicts != {"clean"} else "clean"
+    verdict = _verdict(groups)
     timed = [job for job in jobs if job.ended]
     return {
         "tool": tool,
         "sees_planted_fault": not blind,
         "launches": sum(group["launches"] for group in groups),
-        "configurations": len({one for case in ended for one in case.configurations()}),
+        "configurations": _configurations(jobs),
         "errors": sum(group["errors"] for group in groups),
-        "verdict": verdict,
+        "verdict": "not finished" if blind and verdict == "clean" else verdict,
         "reason": blind or next((f"{group['group']}: {group['reason']}" for group in groups if group["reason"]), ""),
         "seconds": round(max((job.ended for job in timed), default=0.0) - min((job.begun for job in timed), default=0.0), 1),
         "groups": groups,

@@ -577,6 +577,10 @@ def lookup(device: torch.device, key: Key) -> LaunchConfig | None:
         return _table(device).answer(key)
 
 
+# whoever can read the files has the launches ask them: the front door, and the commands that never import it
+kernel_config.use_lookup(lookup)
+
+
 def reload() -> None:
     """Forgets all that was read: the next lookup reads the files again. What was said is not said twice."""
     with _lock:

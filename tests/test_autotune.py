@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import types
 from concurrent.futures import Future
 from dataclasses import replace
@@ -615,16 +617,23 @@ def test_describing_a_device():
 
 
 def test_the_benchmark_measures_the_tuned_operators(quick, monkeypatch):
-    """In a process in which nobody has imported the front door, too."""
     run(groups=SMALL[:1])
     asked = []
-    monkeypatch.setattr(kernel_config, "_lookup", kernel_config._nothing_tuned)
-    monkeypatch.setattr(store, "lookup", lambda device, key: asked.append(key))
+    monkeypatch.setattr(kernel_config, "_lookup", lambda device, key: asked.append(key))
     result = benchmark.run("cpu", shapes=((4, 16),), seconds=60.0)
     assert Key("soft_topk", "forward", "float32", 4, 16) in asked
     ours = [row for row in result["results"] if row["implementation"] == "coordroute" and row["direction"] == "forward"]
     assert ours and all(row["status"] == "ok" and row["median_us"] > 0 for row in ours)
     json.dumps(result)
+
+
+@pytest.mark.parametrize("module", ("benchmark", "exhaust", "search", "sanitize"))
+def test_launches_ask_the_files_where_nobody_has_imported_the_front_door(module):
+    program = (
+        f"import sys, coordroute.autotune.{module}; from coordroute.autotune import store; from coordroute.kernels import config; "
+        "assert 'coordroute.router' not in sys.modules; assert config._lookup is store.lookup"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # --- the last race ---------------------------------------------------------------------------------------------------

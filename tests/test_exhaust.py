@@ -99,15 +99,13 @@ def test_too_few_rounds_are_refused():
 
 
 def test_what_serves_is_what_the_files_say(few, monkeypatch):
-    """Without the store's lookup, which the front door of the package hands over, the heuristic would serve everything."""
-    monkeypatch.setattr(kernel_config, "_lookup", kernel_config._nothing_tuned)
     tuned = LaunchConfig("eager", rows_per_program=2)
-    monkeypatch.setattr(store, "lookup", lambda device, key: tuned)
+    monkeypatch.setattr(kernel_config, "_lookup", lambda device, key: tuned)
     (key,) = exhaust.run("cpu", 2, chosen=[KEY], workers=0)["keys"]
     assert key["serves"] == 2 and key["candidates"][2]["config"] == tuned.to_json()
 
 
-def test_what_serves_is_said_anew_without_timing(tmp_path, capsys):
+def test_what_serves_is_said_anew_without_timing(few, tmp_path, capsys):
     def launch(block, warps):
         return LaunchConfig("resident", block, 1, warps, 1)
 
@@ -119,16 +117,33 @@ def test_what_serves_is_said_anew_without_timing(tmp_path, capsys):
     between = Key("soft_topk", "forward", "float32", 40, 3000)
     elsewhere = between._replace(n=50_000)
     default = kernel_config.heuristic(exhaust.bucket(elsewhere), "triton")
-    data = {"keys": [timed(between, launch(4096, 4), launch(4096, 8)), timed(elsewhere, launch(65536, 32), default)]}
+    device = {"name": "a GPU", "capability": "9.0"}
+
+    def file(configs, name="a GPU", **rejected):
+        return store.ConfigFile(tmp_path / "tuned.json", device | {"name": name}, {}, {}, configs, rejected)
+
+    data = {
+        "device": device,
+        "keys": [timed(between, launch(4096, 4), launch(4096, 8)), timed(elsewhere, launch(65536, 32), default)],
+    }
     near = between._replace(rows=16, n=4096)
-    assert [key["serves"] for key in exhaust.served_by(data, {near: launch(4096, 8)})["keys"]] == [1, 1]
-    assert [key["serves"] for key in exhaust.served_by(data, {near: launch(4096, 2)})["keys"]] == [None, 1]
+    assert [key["serves"] for key in exhaust.served_by(data, file({near: launch(4096, 8)}))["keys"]] == [1, 1]
+    assert [key["serves"] for key in exhaust.served_by(data, file({near: launch(4096, 2)}))["keys"]] == [None, 1]
     assert data["keys"][0]["serves"] == 0
+    with pytest.raises(ValueError, match="is of another, the timings are of a GPU; one device is needed"):
+        exhaust.served_by(data, file({near: launch(4096, 8)}, name="another"))
+    with pytest.raises(ValueError, match="serves nothing: 3 stale"):
+        exhaust.served_by(data, file({}, stale=3))
 
     assert cli.main(["exhaust", "--timed", str(tmp_path / "none.json")]) == 2
     assert "--timed and --served-by belong together" in capsys.readouterr().err
     assert cli.main(["exhaust", "--timed", str(tmp_path / "none.json"), "--served-by", str(tmp_path / "no.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+    timed_file, broken = tmp_path / "between.json", tmp_path / "broken.json"
+    timed_file.write_text(json.dumps(exhaust.run("cpu", 2, chosen=[KEY], workers=0)))
+    broken.write_text("{")
+    assert cli.main(["exhaust", "--timed", str(timed_file), "--served-by", str(broken)]) == 2
+    assert f"{broken} is no configuration file" in capsys.readouterr().err
 
 
 def test_the_command_shows_what_serves(few, monkeypatch, tmp_path, capsys):
