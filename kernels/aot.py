@@ -5,7 +5,7 @@
 
 prints a JSON list: kernel, variant, dtype, constants and options of the launch, registers a thread and spilled bytes a thread
 (NVIDIA, read by cuobjdump from the binary; null where the vendor's tools are not there), shared memory, the size of the binary,
-and for NVIDIA what ``lopsided_sums`` and ``layouts`` say.
+and for NVIDIA what ``lopsided_sums``, ``hasty_exchanges`` and ``layouts`` say.
 
 What is compiled is what the operators launch, noted from their own calls on tensors that hold nothing: forward, backward, and
 the recomputation of coordinate descent's states, with a mask and tensors k and eps, at the heuristic's configurations. Every
@@ -228,6 +228,26 @@ def lopsided_sums(ptx: str) -> int:
     return found
 
 
+_POLL, _PUBLISH, _BARRIER = (re.compile(word) for word in (r"\bld\.volatile\.global", r"\batom\.\S*exch", r"\bbar(?:rier)?\.sync"))
+
+
+def hasty_exchanges(ptx: str) -> int:
+    """Words that are published after a wait for other programs without a barrier between, in PTX in the order of its text.
+
+    Each warp of a program waits for itself. Without a barrier one warp may publish while another still waits for words of the
+    exchange before, which other programs then may overwrite: it would wait for ever (see ``rows.exchange``).
+    """
+    found, waited = 0, False
+    for line in ptx.splitlines():
+        if _POLL.search(line):
+            waited = True
+        elif _BARRIER.search(line):
+            waited = False
+        elif _PUBLISH.search(line):
+            found += waited
+    return found
+
+
 _LAYOUT = re.compile(r"(#\w+) = #ttg.blocked<{sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\]")
 _SCORES = re.compile(r"tt.load .*tensor<(?:\d+x){4}!tt.ptr<(?:f|bf)\d+>, (#\w+)>")
 
@@ -262,6 +282,7 @@ def _report(found: Launch, target: GPUTarget) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "binary_bytes": len(binary),
         "lopsided_sums": lopsided_sums(compiled.asm["ptx"]) if nvidia else None,
+        "hasty_exchanges": hasty_exchanges(compiled.asm["ptx"]) if nvidia else None,
         "layouts": layouts(compiled.asm["ttgir"]) if nvidia else None,
     }
 

@@ -185,11 +185,15 @@ def exchange(
         a, b and c of every program, each [P_BLOCK] and 0 beyond the last, and ``alive``.
 
     COOPERATIVE programs run at the same time and wait for each other. A program can be one exchange ahead of another, no more,
-    so that a ring of two is enough. Without it (Triton's interpreter runs programs one after another) a program goes on with what
-    is there; from the first exchange that is not complete it is not alive, writes nothing, and is to be launched again: each
-    launch repeats the row from the start and gets at least one exchange further, with a ring that keeps them all.
+    so that a ring of two is enough. For that all its warps must have seen an exchange before it begins the next one: a warp may
+    wait for itself, and where no sum brings the warps together one of them could be left behind for good. Without COOPERATIVE
+    (Triton's interpreter runs programs one after another) a program goes on with what is there; from the first exchange that is
+    not complete it is not alive, writes nothing, and is to be launched again: each launch repeats the row from the start and gets
+    at least one exchange further, with a ring that keeps them all.
     """
     DOUBLE: tl.constexpr = a.dtype == tl.float64
+    if COOPERATIVE:
+        tl.debug_barrier()
     if DOUBLE:
         a_bits = a.to(tl.int64, bitcast=True)
         _publish(words_ptr, (a_bits & 0xFFFFFFFF).to(tl.int32), part, epoch, 0, alive, PROGRAMS, RING)

@@ -58,6 +58,7 @@ def test_every_variant_compiles(target: str) -> None:
             # power of two, which is exact, fused or not
             exact = row["kernel"] == "coordinate_descent_iterate" and row["dtype"] == "float64"
             assert row["lopsided_sums"] == 0 or "backward" in row["kernel"] or exact, row
+            assert row["hasty_exchanges"] == 0, row
             # the sizes compiled here are those of the heuristic, which must not spill in float32 and below; where the length
             # is no multiple of 16, programs share a row, or states are recomputed, there are more addresses to keep, and a few
             # registers may go; where the heuristic limits them, so that more programs run, a thread may put away as much as it has
@@ -92,6 +93,17 @@ def test_a_product_that_meets_another_threads_sum_is_noticed() -> None:
     assert lopsided_sums(shuffle + "\tadd.f32 \t%r3, %r1, %r2;\n\tfma.rn.f32 \t%r5, %r3, %r4, %r6;") == 0
     double = shuffle + "\tmov.b64 \t%rd1, {%r7, %r2};\n"
     assert lopsided_sums(double + "\tfma.rn.f64 \t%rd3, %rd4, %rd4, %rd1;") == 1
+
+
+def test_a_word_that_is_published_while_a_warp_may_still_wait_is_noticed() -> None:
+    """What hung under racecheck: three exchanges of rows that hold NaN or infinities, one right after the other."""
+    from coordroute.kernels.aot import hasty_exchanges
+
+    publish = "\t@%p5 atom.relaxed.gpu.global.exch.b64 %rd9, [%rd8 + 0], %rd7;\n"
+    wait = "\tld.volatile.global.b64 {%rd3}, [%rd1 + 0];\n"
+    assert hasty_exchanges(publish + wait + publish + publish) == 2
+    assert hasty_exchanges(publish + wait + "\tbar.sync \t0;\n" + publish) == 0
+    assert hasty_exchanges(publish + publish + wait) == 0
 
 
 @pytest.mark.parametrize("choice", ["selp.f32 \t%r5, 0f3F800000, 0f00000000, %p1;", "set.lt.f32.f32 \t%r5, %r8, %r9;"])

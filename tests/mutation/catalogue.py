@@ -165,6 +165,13 @@ rows(
     where=_GPU,
 )
 rows(
+    "a warp runs ahead",
+    "a program begins an exchange before all its warps have seen the one before",
+    "        tl.debug_barrier()",
+    "        pass",
+    where=_GPU,
+)
+rows(
     "c is a",
     "the third value of an exchange is the first one",
     "            _publish(words_ptr, c.to(tl.int32, bitcast=True), part, epoch, 2, alive, PROGRAMS, RING)",

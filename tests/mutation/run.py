@@ -113,7 +113,8 @@ def _work(pipe: Any, job: Job) -> None:
     for number, seed in enumerate(job.seeds):
         if job.parts > 1:
             length = -(-len(checks) // job.parts)
-            chosen = checks[number % job.parts * length :][:length]
+            # processes begin at different parts: what takes most memory is in one of them
+            chosen = checks[(job.seeds[0] + number) % job.parts * length :][:length]
         else:
             chosen = checks[job.share[0] :: job.share[1]]
         for check in chosen:

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
 from coordroute import router
 from coordroute.autotune import proof
-from coordroute.kernels import cpu
+from coordroute.kernels import aot, cpu
 from coordroute.kernels.config import LaunchConfig, next_power_of_2
 from coordroute.reference import families, oracles, properties, verify
 from torch.autograd.gradcheck import GradcheckError
@@ -472,6 +473,18 @@ def _far_apart(op: str) -> Check:
     return Check("rows far apart", op, run)
 
 
+def _warps_keep_together(op: str, config: LaunchConfig) -> Check:
+    """All warps of a program have seen an exchange before it begins the next one; what comes of it else is a rare hang."""
+
+    def run(seed: int) -> list[tuple[str, str]]:
+        forward, *_ = aot.launches(op, "float32", 16, 4096, True, config, config)
+        ptx = forward.compile(triton.runtime.driver.active.get_current_target()).asm["ptx"]
+        hasty = aot.hasty_exchanges(ptx)
+        return [("warps keep together", f"{hasty} words are published while a warp may still wait; {config}")] if hasty else []
+
+    return Check("warps keep together", op, run)
+
+
 def _kernels(
     op: str, device: str, configs: dict[str, tuple[LaunchConfig, ...]], cases: dict[str, verify.Case], only: tuple[str, ...]
 ) -> Iterator[Check]:
@@ -510,6 +523,7 @@ def _gpu(op: str) -> Iterator[Check]:
     }
     yield from _kernels(op, "cuda", configs, cases, properties.ALWAYS)
     yield _far_apart(op)
+    yield _warps_keep_together(op, LaunchConfig("split", 1024, 1, 4, 1, 8, programs_per_row=4))
     if op == "coordinate_descent":
         tails = _case(op, 100, ("offset", "k = n - 1", "huge scale", "holes"), SLOW)
         yield from _kernels(op, "cuda", {"tails": (FOUR_ROWS,)}, {"tails": tails}, properties.ALWAYS)
