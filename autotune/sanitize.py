@@ -53,7 +53,7 @@ SECONDS = 240.0
 """How long it may all take; what has not ended by then is ended, and said to be not finished."""
 
 PART, PART_WAITING, PART_RACES = 24, 8, 2
-"""Launches of a process; of one whose programs wait for each other; and where racecheck looks at these, half a minute each."""
+"""Launches of a process; of one whose programs wait for each other; and where racecheck looks at these, its slowest work."""
 
 KEPT_REPORTS = 5
 """Reports of each tool that are kept."""

@@ -171,6 +171,9 @@ TRANSFER_GOAL = 1.05
 UPGRADE_GOAL = 0.10
 """Of the time of a search, proving and timing anew what it had chosen takes at most this share."""
 
+QUICK_GOAL = 120.0
+"""Seconds that a search of effort quick takes on one GPU, at most."""
+
 # --- the search, replayed --------------------------------------------------------------------------------------------
 
 REGRET_GOALS = {"median": 0.01, "p95": 0.03, "worst": 0.05}

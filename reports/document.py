@@ -55,6 +55,7 @@ def build(evidence: Evidence) -> Document:
         blocks.append(_missing("autotune", "no gain by tuning is reported"))
     else:
         blocks += tuning.chapter(evidence.autotune, names)
+    blocks += tuning.quick(evidence.quick)
     blocks += tuning.upgrade(evidence.upgrade, evidence.autotune)
     blocks += tuning.landscape(evidence.exhaustive, names)
     blocks += tuning.transfer(evidence.between)

@@ -28,10 +28,10 @@ MORE_COMMANDS = {
 }
 """Likewise for files that say how well the verification itself sees, and what else looked. The last two need the repository."""
 
-MADE_BY = {"exhaustive": "exhaust", "between": "exhaust", "upgrade": "autotune"}
+MADE_BY = {"exhaustive": "exhaust", "between": "exhaust", "upgrade": "autotune", "quick": "autotune"}
 """The command of a file that is not named after it."""
 
-MORE_OF_DEVICE = ("sanitize", "exhaustive", "between", "replay", "upgrade")
+MORE_OF_DEVICE = ("sanitize", "exhaustive", "between", "replay", "upgrade", "quick")
 """Files of commands that a report does not need, but which are of its device where they are there."""
 
 OTHERS = "verify-*.json"
@@ -82,7 +82,7 @@ _FIELDS: dict[str, dict[str, str]] = {
     "exhaustive": {"rounds": WHOLE, "method": TEXT, "keys": LIST},
     "replay": {"source": TEXT, "seeds": WHOLE, "full_launches": TEXT, "strategies": LIST},
 }
-_FIELDS |= {"between": _FIELDS["exhaustive"], "upgrade": _FIELDS["autotune"]}
+_FIELDS |= {"between": _FIELDS["exhaustive"], "upgrade": _FIELDS["autotune"], "quick": _FIELDS["autotune"]}
 _UNTIMED = ("exhaustive", "between", "replay")
 """Files that do not say how long they took."""
 
@@ -249,7 +249,8 @@ class Evidence:
         others: the further files of verify, by their names; of any device.
         exhaustive: every candidate of some keys, timed; replay: searches replayed on it.
         between: every candidate at shapes that no key has.
-        upgrade: a search that found its choices made, but their proofs of other versions. These four are of the same device as the
+        upgrade: a search that found its choices made, but their proofs of other versions.
+        quick: a search of the effort of that name, for its time. These five are of the same device as the
             commands' files.
     """
 
@@ -266,11 +267,13 @@ class Evidence:
     replay: Json | None = None
     between: Json | None = None
     upgrade: Json | None = None
+    quick: Json | None = None
 
     def files(self) -> dict[str, Json]:
         """Name without .json -> content, for the files of commands that were there."""
         found = {"verify": self.verify, "autotune": self.autotune, "benchmark": self.benchmark, "sanitize": self.sanitize}
-        found |= {"exhaustive": self.exhaustive, "replay": self.replay, "between": self.between, "upgrade": self.upgrade}
+        found |= {"exhaustive": self.exhaustive, "replay": self.replay, "between": self.between}
+        found |= {"upgrade": self.upgrade, "quick": self.quick}
         return {command: data for command, data in found.items() if data is not None}
 
     def reported(self) -> bool:
@@ -291,8 +294,8 @@ class Evidence:
 
 def load(folder: Path) -> Evidence:
     """Reads and checks the evidence of a folder: verify.json, autotune.json, benchmark.json or verify-*.json, at least one of them,
-    and sanitize.json, exhaustive.json, between.json, replay.json, upgrade.json, mutants.json, false-alarms.json, bytes.json,
-    colt5.json and colt5-*.json.
+    and sanitize.json, exhaustive.json, between.json, replay.json, upgrade.json, quick.json, mutants.json, false-alarms.json,
+    bytes.json, colt5.json and colt5-*.json.
 
     Raises:
         ValueError: no file, one that is not what its name says, or files of different devices.
@@ -336,6 +339,7 @@ def load(folder: Path) -> Evidence:
         found.get("replay"),
         found.get("between"),
         found.get("upgrade"),
+        found.get("quick"),
     )
 
 
@@ -367,7 +371,8 @@ def read_file(path: Path, name: str) -> Json:
     _fields(path, "device", data["device"], _DEVICE)
     _check_versions(path, data)
     checks = {"verify": _check_verify, "autotune": _check_autotune, "benchmark": _check_benchmark, "sanitize": _check_sanitize}
-    checks |= {"exhaustive": _check_exhaustive, "replay": _check_replay, "upgrade": _check_autotune, "between": _check_between}
+    checks |= {"exhaustive": _check_exhaustive, "replay": _check_replay, "between": _check_between}
+    checks |= {"upgrade": _check_autotune, "quick": _check_quick}
     checks[name](path, data)
     return data
 
@@ -466,6 +471,11 @@ def _check_autotune(path: Path, data: Json) -> None:
         for j, candidate in enumerate(key["candidates"]):
             _fields(path, f"keys[{i}].candidates[{j}]", candidate, _CANDIDATE)
     _distinct(path, "keys", [key["key"] for key in data["keys"]], tuple(_KEY))
+
+
+def _check_quick(path: Path, data: Json) -> None:
+    _check_autotune(path, data)
+    _one_of(path, "effort", data["effort"], ("quick",))
 
 
 def _check_exhaustive(path: Path, data: Json) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from . import evidence as evidence_module
 from . import plots, text
 from .blocks import Block, Cell, Column, Heading, Names, Plot, Plots, Table, Words
-from .candidates import NEAR, TRANSFER_GOAL, UPGRADE_GOAL, Goal, Landscape, fewer, goals, landscapes, quantile, spread
+from .candidates import NEAR, QUICK_GOAL, TRANSFER_GOAL, UPGRADE_GOAL, Goal, Landscape, fewer, goals, landscapes, quantile, spread
 from .evidence import Json, KeyGroup
 
 # --- what was chosen -------------------------------------------------------------------------------------------------
@@ -331,6 +331,19 @@ def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:
         f"{text.percent(UPGRADE_GOAL)} is the goal: {'met' if met else 'missed'}."
     )
     return [*blocks, Words(said, "pass" if met else "fail")]
+
+
+def quick(data: Json | None) -> list[Block]:
+    """What a quick search takes; nothing where there is no file."""
+    if data is None:
+        return []
+    seconds, gpus = data["seconds"], max(data.get("gpus") or 1, 1)
+    met = seconds * gpus <= QUICK_GOAL
+    said = f"A search of effort quick tuned and proved {text.several(len(data['keys']), 'key')} in {text.duration(seconds)}"
+    if gpus > 1:
+        said += f" on {gpus} GPUs"
+    said += f"; at most {text.duration(QUICK_GOAL)} on one is the goal: {'met' if met else 'missed'}."
+    return [Heading("A quick search", anchor="quick"), Words(said, "pass" if met else "fail")]
 
 
 # --- the search, replayed --------------------------------------------------------------------------------------------

@@ -1164,6 +1164,22 @@ def test_an_upgrade_is_compared_with_the_search_by_the_time_of_all_gpus(tmp_path
     assert "(1.02× when they were proved anew)" in said and "the gain over that day's default is 1.02×." in said
 
 
+@pytest.mark.parametrize(("seconds", "gpus", "verdict"), [(119.0, 1, "met"), (121.0, 1, "missed"), (61.0, 2, "missed")])
+def test_a_quick_search_is_held_to_its_time_on_one_gpu(tmp_path, seconds, gpus, verdict):
+    autotune = synthetic_autotune()
+    write(tmp_path / "in", autotune=autotune, quick=autotune | {"effort": "quick", "seconds": seconds, "gpus": gpus})
+    render(tmp_path / "in", tmp_path / "out")
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert f"at most 120 s on one is the goal: {verdict}" in said
+    assert "quick.json" in said
+
+
+def test_a_file_of_a_quick_search_is_of_that_effort(tmp_path):
+    write(tmp_path, autotune=synthetic_autotune(), quick=synthetic_autotune() | {"effort": "full"})
+    with pytest.raises(ValueError, match=r"quick.json.*effort.*'full'.*quick"):
+        evidence.load(tmp_path)
+
+
 def test_what_fewer_configurations_would_cost():
     """Two keys, the fastest of each of another form; one form serves both, 10 % slower than the best of the second."""
 
