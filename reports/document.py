@@ -197,8 +197,9 @@ def _files(evidence: Evidence) -> list[Block]:
         if more is not None:
             said = [Cell(more["versions"].get(one) or text.NOTHING) for one in versions]
             rows.append([Cell(f"{name}.json"), Cell(more["date"]), Cell(text.duration(more["seconds"])), *said, Cell(text.NOTHING)])
-    made_with = {tuple(sorted(data["versions"].items(), key=str)) for data in files.values()}
-    if len(made_with) > 1:
+    # a tool that one file alone needs makes no difference
+    made_with = [{data["versions"].get(name) for data in files.values()} - {None} for name in versions]
+    if any(len(found) > 1 for found in made_with):
         notes.append(("", "The files were made with different versions: their figures are not of one and the same code."))
     return [Table("", columns, rows, notes)]
 

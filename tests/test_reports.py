@@ -1061,6 +1061,10 @@ def test_files_of_different_devices(tmp_path):
     write(tmp_path, **data)
     render(tmp_path, tmp_path / "out")
     assert "made with different versions" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    data["autotune"]["versions"] = {**data["verify"]["versions"], "a tool": "1"}
+    write(tmp_path, **data)
+    render(tmp_path, tmp_path / "out")
+    assert "made with different versions" not in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     data["benchmark"]["device"]["name"] = "Another GPU"
     write(tmp_path, **data)
     with pytest.raises(ValueError, match=r"verify\.json is of the device with name 'SYNTHETIC.*benchmark\.json.*'Another GPU'"):
