@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
 SCALE = tl.constexpr(2)
+
+LANGUAGE = {part: dict(vars(part)) for part in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)}
+"""What the compiler needs, before a test has run."""
 
 
 def _scale(x_ptr, y_ptr, factor: tl.float64, n, stride, FLAG: tl.constexpr, BLOCK: tl.constexpr):
@@ -70,7 +74,19 @@ class Driver:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Driver:
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's language as it is compiled: its interpreter, in which tests before may have run kernels, leaves its own there."""
+    for part, before in LANGUAGE.items():
+        for name, now in dict(vars(part)).items():
+            if name not in before:
+                monkeypatch.delattr(part, name)
+            elif now is not before[name]:
+                monkeypatch.setattr(part, name, before[name])
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, compiler: None, tmp_path: Path) -> Driver:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # what another run has compiled would hide what does not compile here
     fake = Driver()
     monkeypatch.setattr(launcher, "_binaries", {})
     monkeypatch.setattr(driver, "_active", fake)  # set_active has no way back where there is no GPU
