@@ -306,6 +306,10 @@ def transfer(between: Json | None) -> list[Block]:
     return [*blocks, Table(f"What serves {text.several(len(rows), 'shape')} between the keys", columns, rows)]
 
 
+def _gpus(search: Json) -> int:
+    return max(search.get("gpus") or 1, 1)
+
+
 def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:
     """What proving and timing anew cost after a change of versions or kernels; nothing where there is no file."""
     if data is None:
@@ -324,7 +328,7 @@ def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:
         said += f", and the gain over that day's default is {text.times(gain)}."
     if autotune is None or autotune["effort"] != data["effort"]:
         return [*blocks, Words(said)]
-    share = data["seconds"] * max(data.get("gpus") or 1, 1) / (autotune["seconds"] * max(autotune.get("gpus") or 1, 1))
+    share = data["seconds"] * _gpus(data) / (autotune["seconds"] * _gpus(autotune))
     met = share <= UPGRADE_GOAL
     said += (
         f" That is {text.percent(share)} of the time on a GPU that the search of autotune.json took; at most "
@@ -337,7 +341,7 @@ def quick(data: Json | None) -> list[Block]:
     """What a quick search takes; nothing where there is no file."""
     if data is None:
         return []
-    seconds, gpus = data["seconds"], max(data.get("gpus") or 1, 1)
+    seconds, gpus = data["seconds"], _gpus(data)
     met = seconds * gpus <= QUICK_GOAL
     said = f"A search of effort quick tuned and proved {text.several(len(data['keys']), 'key')} in {text.duration(seconds)}"
     if gpus > 1:

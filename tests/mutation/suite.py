@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton
 from coordroute import router
 from coordroute.autotune import proof
-from coordroute.kernels import aot, cpu
+from coordroute.kernels import cpu
 from coordroute.kernels.config import LaunchConfig, next_power_of_2
 from coordroute.reference import families, oracles, properties, verify
 from torch.autograd.gradcheck import GradcheckError
@@ -477,9 +476,14 @@ def _warps_keep_together(op: str, config: LaunchConfig) -> Check:
     """All warps of a program have seen an exchange before it begins the next one; what comes of it else is a rare hang."""
 
     def run(seed: int) -> list[tuple[str, str]]:
+        import triton
+        from coordroute.kernels import aot
+
         _guarded.on = False  # what is allocated to note a launch holds nothing
-        forward, *_ = aot.launches(op, "float32", 16, 4096, True, config, config)
-        _guarded.on = True
+        try:
+            forward, *_ = aot.launches(op, "float32", 16, 4096, True, config, config)
+        finally:
+            _guarded.on = True
         ptx = forward.compile(triton.runtime.driver.active.get_current_target()).asm["ptx"]
         hasty = aot.hasty_exchanges(ptx)
         return [("warps keep together", f"{hasty} words are published while a warp may still wait; {config}")] if hasty else []
