@@ -690,3 +690,42 @@ def test_sweeps_are_counted() -> None:
     for config in (resident(64), tiled(32), split(32, 2)):
         sweeps = soft_topk.count_sweeps(s, 9.0, 0.1, None, config).tolist()
         assert 1 <= sweeps[0] <= 8 and sweeps[1] == 0 and 1 <= sweeps[2] <= 8, (config, sweeps)
+
+
+# --- rows that are re-read -------------------------------------------------------------------------------------------
+
+
+def unlike_its_beginning(kind: str) -> torch.Tensor:
+    """Four rows of 160 scores of which the first tile tells little, or nothing."""
+    s = torch.randn(4, 160, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    if kind == "masked":
+        s[:, :48] = -torch.inf
+    elif kind == "all the same":
+        s[:, :48] = 0.25
+    return s
+
+
+@pytest.mark.parametrize("kind", ["normal", "masked", "all the same"])
+def test_a_first_tile_that_is_unlike_the_rest(kind: str) -> None:
+    """What comes out is that of a row that stays in registers, up to rounding."""
+    s = unlike_its_beginning(kind)
+    for k, eps in ((20.0, 0.03), (9.5, 1.0), (150.0, 0.3)):
+        whole, exact = soft_topk.soft_topk_forward(s, k, eps, None, resident(160))
+        lam, threshold = soft_topk.soft_topk_forward(s, k, eps, None, tiled(32))
+        # a threshold is known to some ulps of itself, of which lam sees as many epsilons as eps has room for
+        ulps = 8 * torch.finfo(torch.float32).eps * (1.0 + exact[:, :1].abs().clamp(max=1e30) / eps)
+        assert ((lam - whole).abs() <= ulps * whole.clamp(min=1e-6)).all(), (kind, k, eps)
+        assert ((threshold.sum(1) - exact.sum(1)).abs() <= eps * ulps[:, 0]).logical_or(threshold[:, 0] == exact[:, 0]).all()
+
+
+def test_lam_belongs_to_the_threshold() -> None:
+    """The backward goes by the threshold alone."""
+    s = torch.randn(8, 160, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    for k, eps in ((20.0, 0.3), (22.5, 1.0), (30.0, 3.0)):
+        lam, threshold = soft_topk.soft_topk_forward(s, k, eps, None, tiled(32))
+        hi, lo = threshold.double().split(1, dim=1)
+        expected = ((s.double() - hi - lo) / eps).clamp(max=0.0).exp()
+        # exp's argument is rounded three times
+        bound = torch.finfo(torch.float32).eps * (4.0 + 2.0 * ((s.double() - hi) / eps).abs())
+        assert ((lam.double() - expected).abs() <= bound * expected).all(), (k, eps)
+        assert torch.allclose(lam.double().sum(1), torch.tensor(k, dtype=torch.float64, device=DEVICE), rtol=2e-6, atol=0.0)
