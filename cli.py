@@ -170,7 +170,7 @@ def _columns(rows: Sequence[Sequence[str]], indent: int = 2) -> list[str]:
     return [" " * indent + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _count(number: int, what: str, plural: str = "") -> str:
+def _count(number: int | float, what: str, plural: str = "") -> str:
     return f"{number} {what if number == 1 else plural or what + 's'}"
 
 

@@ -11,7 +11,7 @@ What is compiled is what the operators launch, noted from their own calls on ten
 the recomputation of coordinate descent's states, with a mask and tensors k and eps, at the heuristic's configurations. Every
 target gets float32, bfloat16 and float64 at a resident length, and the forwards of a row so short that a thread has one entry;
 float32 and float64 at a row that programs share; float32 where the forward re-reads rows in tiles. sm_90 gets float16 at the
-resident length too, and float32 at MORE lengths, one of them no multiple of 16, without a mask, and soft_topk's forward at
+resident length too, and float32 at MORE lengths, some of them no multiple of 16, without a mask, and soft_topk's forward at
 LAUNCHES. That is about a minute of one core a target; nothing is taken from Triton's cache.
 """
 
@@ -57,7 +57,7 @@ RESIDENT, SPLIT, TILED = (1024, 8192), (4, 131072), (1024, 131072)
 """Rows and length of which the heuristic's forward is so."""
 SHORT = (4, 32)
 """Of which threads have one entry: sums meet other threads at once, without a sum of the thread's own before."""
-MORE = ((4096, 64), (1024, 8190), (1024, 32768))
+MORE = ((4096, 64), (4096, 200), (4096, 201), (1024, 8190), (1024, 32768))
 LAUNCHES = tuple(
     (n, LaunchConfig("resident", *sizes, 1))
     for n, sizes in ((256, (256, 4, 1)), (8192, (8192, 1, 8)), (1024, (1024, 1, 32)), (100, (128, 1, 1)))

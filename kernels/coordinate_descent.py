@@ -59,7 +59,7 @@ from .launch import (
     tiles,
 )
 from .launcher import Prepared, launch
-from .rows import SLOTS, columns, exchange, fold, load_tile, row_max, row_sum, row_sums, row_value, spread
+from .rows import SLOTS, back_and_forth, columns, exchange, fold, load_tile, multiple, row_max, row_sum, row_sums, row_value, spread
 
 LOG2E = tl.constexpr(1.4426950408889634)
 K_FLOOR = tl.constexpr(1e-20)
@@ -194,6 +194,7 @@ def _iterate(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Runs iterations of the recurrence and stores a at the end of each output segment.
 
@@ -203,6 +204,8 @@ def _iterate(
     whether it was alive to the end (see ``rows.exchange``).
     """
     BLOCK: tl.constexpr = REPS * LANES * VEC
+    n_cols, chunk = multiple(n_cols, UNIT), multiple(chunk, UNIT)
+    scores_stride, mask_stride = multiple(scores_stride, UNIT), multiple(mask_stride, UNIT)
     program = tl.program_id(0).to(tl.int64)
     part = (program % PROGRAMS).to(tl.int32)
     group = program // PROGRAMS
@@ -228,6 +231,7 @@ def _iterate(
     start = part * chunk
     end = tl.minimum(start + chunk, n_cols)
     cols = columns(REPS, LANES, VEC)
+    n_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
     k = row_value(k_ptr, k_value, rows, live, k_stride, K_IS_TENSOR, COMPUTE)
 
     # --- what there is of a row
@@ -317,11 +321,17 @@ def _iterate(
                 total = row_sum(tl.exp2((tl.minimum(s, spread(-a)) - spread(shift)) * scale))
             else:
                 acc = tl.zeros([ROWS, LANES], COMPUTE)
-                for tile in range(start, end, BLOCK):
-                    x = load_tile(
-                        scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, mask_stride,
-                        HAS_MASK, EVEN, COMPUTE,
-                    )  # fmt: skip
+                # a tile is loaded while the one before it is worked on
+                ahead = start + back_and_forth(0, n_tiles, t) * BLOCK + cols
+                following = load_tile(
+                    scores_ptr, mask_ptr, rows, ahead, ahead < end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE
+                )
+                for index in range(0, n_tiles):
+                    x = following
+                    ahead = start + back_and_forth(tl.minimum(index + 1, n_tiles - 1), n_tiles, t) * BLOCK + cols
+                    following = load_tile(
+                        scores_ptr, mask_ptr, rows, ahead, ahead < end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE
+                    )
                     acc += fold(tl.exp2((tl.minimum(x, spread(-a)) - spread(shift)) * scale))
                 total = tl.sum(acc, 1)
             if PROGRAMS > 1:
@@ -382,7 +392,8 @@ def _iterate(
                 inside = spread(live) if EVEN else spread(live) & (start + cols < end)
                 tl.store(lam_ptr + spread(rows * n_cols) + start + cols, lam.to(lam_ptr.dtype.element_ty), mask=inside)
     elif not RECOMPUTE:
-        for tile in range(start, end, BLOCK):
+        for index in range(0, n_tiles):
+            tile = start + back_and_forth(index, n_tiles, n_iters) * BLOCK
             within = tile + cols < end
             x = load_tile(scores_ptr, mask_ptr, rows, tile + cols, within, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
             lam = tl.exp2(tl.minimum(x + spread(a), 0.0) * scale)
@@ -507,6 +518,7 @@ def _backward(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """One reduction for A_T and one count an iteration, of rows that stay in registers.
 
@@ -514,6 +526,8 @@ def _backward(
     growing by eps_growth = 1/eps_decay a step.
     """
     BLOCK: tl.constexpr = REPS * LANES * VEC
+    n_cols, grad_stride = multiple(n_cols, UNIT), multiple(grad_stride, UNIT)
+    scores_stride, mask_stride = multiple(scores_stride, UNIT), multiple(mask_stride, UNIT)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     rows = tl.minimum(rows, n_rows - 1)
@@ -644,6 +658,7 @@ def _backward_shared(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """The same for a row that PROGRAMS programs share, ``chunk`` columns each, or that one re-reads in tiles; ROWS is 1.
 
@@ -652,6 +667,8 @@ def _backward_shared(
     applies it to its columns.
     """
     BLOCK: tl.constexpr = REPS * LANES * VEC
+    n_cols, chunk, grad_stride = multiple(n_cols, UNIT), multiple(chunk, UNIT), multiple(grad_stride, UNIT)
+    scores_stride, mask_stride = multiple(scores_stride, UNIT), multiple(mask_stride, UNIT)
     program = tl.program_id(0).to(tl.int64)
     part = (program % PROGRAMS).to(tl.int32)
     rows = program // PROGRAMS + tl.arange(0, ROWS)
@@ -894,7 +911,7 @@ def _prepare_iterate(
     """
     check_config("coordinate_descent", config, n_cols)
     k_is_tensor, has_mask, recompute = (dtype is not None for dtype in dtypes)
-    shape = tiles(config, n_rows, n_cols, dtype.itemsize, processors)
+    shape = tiles(config, n_rows, n_cols, dtype.itemsize, processors, strides[:2])
     shared = shape.programs > 1
     if recompute and shared:
         # as many programs as run side by side work on the rows already: one segment, from the start
@@ -920,6 +937,7 @@ def _prepare_iterate(
         ROWS=shape.rows,
         LANES=shape.lanes,
         VEC=shape.vec,
+        UNIT=shape.unit,
         **compile_options(config),
         **({"launch_cooperative_grid": True} if shared and cooperative else {}),
     )
@@ -999,7 +1017,7 @@ def _prepare_backward(
     there is no tensor.
     """
     check_config("coordinate_descent", config, n_cols)
-    shape = tiles(config, n_rows, n_cols, dtype.itemsize, None)
+    shape = tiles(config, n_rows, n_cols, dtype.itemsize, None, strides[:3])
     k_is_tensor, has_mask = (dtype is not None for dtype in dtypes[2:])
     constants = {
         "K_IS_TENSOR": k_is_tensor,
@@ -1011,6 +1029,7 @@ def _prepare_backward(
         "ROWS": shape.rows,
         "LANES": shape.lanes,
         "VEC": shape.vec,
+        "UNIT": shape.unit,
         **compile_options(config),
     }
     rest = (*strides, t_floor, n_iters)

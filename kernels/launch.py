@@ -1,6 +1,7 @@
 """What every Triton launch of this package needs: argument forms, compute types, tiles."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,7 @@ class Tiles(NamedTuple):
         reps, lanes, vec: the tile of a program is [reps, rows, lanes, vec].
         held: a program's columns fit its tile.
         even: its columns are whole tiles, so that nothing lies outside.
+        unit: what lengths and strides are multiples of that Triton does not find to be, or 1; see ``rows.multiple``.
     """
 
     rows: int
@@ -80,10 +82,13 @@ class Tiles(NamedTuple):
     vec: int
     held: bool
     even: bool
+    unit: int
 
 
-def tiles(config: LaunchConfig, n_rows: int, n_cols: int, itemsize: int, processors: int | None) -> Tiles:
-    """The tiles of a launch on scores [n_rows, n_cols] of so many bytes each.
+def tiles(
+    config: LaunchConfig, n_rows: int, n_cols: int, itemsize: int, processors: int | None, strides: tuple[int, ...] = ()
+) -> Tiles:
+    """The tiles of a launch on scores [n_rows, n_cols] of so many bytes each, and ``strides`` of all that is read or written.
 
     ``processors`` says that programs that share a row wait for each other, so that all must run at the same time: then there are
     at most as many as that. Where it leaves a row less than two, one program re-reads it. None says that they do not.
@@ -101,11 +106,18 @@ def tiles(config: LaunchConfig, n_rows: int, n_cols: int, itemsize: int, process
         programs = max(1, -(-n_cols // chunk))
     else:
         programs = 1
-    vec = max(2, min(16 // itemsize, 8, block))
-    lanes = max(1, min(32 * config.num_warps // rows, block // vec))
+    # as many neighbours as are aligned in rows that lie side by side; rows that lie otherwise have the same sums, to the bit
+    threads = max(1, 32 * config.num_warps // rows)
+    vec = min(math.gcd(16 // itemsize, n_cols), 8, block)
+    if vec == 1 and block < 2 * threads:
+        vec = 2
+    lanes = min(threads, block // vec)
     reps = block // (lanes * vec)
     even = n_cols > 0 and n_cols == programs * chunk and chunk % block == 0
-    return Tiles(rows, programs, chunk, reps, lanes, vec, chunk <= block, even)
+    # Triton tells multiples of 16 from all others, and no more
+    sizes = (n_cols, *strides)
+    unit = 1 if all(size % 16 == 0 for size in sizes) else math.gcd(vec, *sizes)
+    return Tiles(rows, programs, chunk, reps, lanes, vec, chunk <= block, even, unit)
 
 
 def processors(device: torch.device) -> int:

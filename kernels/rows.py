@@ -5,6 +5,9 @@ share the row, so every load is 16 bytes a thread and coalesced, and everything 
 inside a thread. Values of a row are [ROWS]: they are computed once by each of its lanes, and by fewer lanes where several rows
 share a warp, which is what makes short rows cheap.
 
+Neighbours are loaded at once only where every row begins aligned. Triton finds that for lengths and strides that are multiples of
+16; what is a multiple of less goes through ``multiple``. VEC is no more than the length allows, 1 for an odd one.
+
 A sum over a row is in one fixed order. Threads that meet in a sum hold the same bits afterwards: their sums are exchanged
 pairwise, a + b in one and b + a in the other. That holds as long as no product is fused into such an exchange, where one side
 would round it and the other not. A thread with several entries adds them up first; where it may have only one (REPS is 1: Triton
@@ -34,6 +37,14 @@ def columns(REPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
         reps = tl.arange(0, REPS)[:, None, None, None]
         lanes = tl.arange(0, LANES)[None, None, :, None]
     return (reps * LANES + lanes) * VEC + vec
+
+
+@triton.jit
+def multiple(x, UNIT: tl.constexpr):
+    """A length or stride that is a multiple of UNIT, so that the compiler sees it: else it makes a load for every entry."""
+    if UNIT > 1:
+        x = x // UNIT * UNIT
+    return x
 
 
 @triton.jit
@@ -113,6 +124,12 @@ def row_sums3(x, y, z):
     sum_x, sum_z = tl.split(ones)
     sum_y, _ = tl.split(twos)
     return sum_x, sum_y, sum_z
+
+
+@triton.jit
+def back_and_forth(index, count, turn):
+    """The tiles of a pass in turn up and down, so that a pass finds in the cache what the one before it read last."""
+    return tl.where(turn % 2 == 0, index, count - 1 - index)
 
 
 # --- programs that share a row ---------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ Backward, with g the gradient of lam and sums over the unsaturated entries U (im
 
 Variants (how rows lie in threads, and how programs share one: rows.py): ``resident`` keeps ``rows_per_program`` whole rows in
 registers; ``split`` shares a row between programs, of which each keeps its part in registers where it fits a block;
-``tiled`` re-reads one row of any length in tiles, once a sweep.
+``tiled`` re-reads one row of any length in tiles, once a sweep. Of a row that is re-read, a tile of every program has the moments
+for a first guess, so that the pass that adds them up over the whole row is the first sweep as well; and a sweep that is likely to
+be the last stores lam, which is done anew only if it was not.
 """
 
 import functools
@@ -52,7 +54,22 @@ from .launch import (
     tiles,
 )
 from .launcher import Prepared, launch
-from .rows import SLOTS, columns, exchange, fold, load_tile, row_max, row_min, row_sum, row_sums, row_sums3, row_value, spread
+from .rows import (
+    SLOTS,
+    back_and_forth,
+    columns,
+    exchange,
+    fold,
+    load_tile,
+    multiple,
+    row_max,
+    row_min,
+    row_sum,
+    row_sums,
+    row_sums3,
+    row_value,
+    spread,
+)
 
 MAX_SWEEPS_32, MAX_SWEEPS_64 = 512, 4096
 """Bounds of the loop. From sweep PATIENCE on every other sweep bisects, so half of this covers every exponent of the type."""
@@ -62,6 +79,8 @@ DRIFT = tl.constexpr(6.0)
 """How far, in powers of two of w, the threshold may be from where w was made."""
 CLIP = tl.constexpr(120.0)
 """The largest power of two that w is let to be: saturated under any threshold within DRIFT, and not infinite."""
+NEXT_TO_NOTHING = tl.constexpr(2.0**-10)
+"""After a step below this, in powers of two of w, the next is likely too small to change lam: a sweep that re-reads stores it."""
 
 
 @triton.jit
@@ -74,11 +93,32 @@ def _normal_upper_quantile(p):
 
 
 @triton.jit
-def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, TOLERANCE: tl.constexpr):
+def _guess(share, eps, count, sum1, sum2):
+    """tau - anchor as the moments of s - anchor have it where a share of the row's mass is to be above, and -eps log(share)."""
+    above = -eps * tl.log(share)
+    mean = sum1 / count
+    variance = tl.maximum(sum2 / count - mean * mean, 0.0)
+    # a wide row: the quantile of s + eps E; a narrow one: the threshold if nothing is saturated, to the second moment
+    wide = mean + eps + tl.sqrt(variance + eps * eps) * _normal_upper_quantile(share)
+    return tl.where(variance > eps * eps, wide, mean + 0.5 * variance / eps + above), above
+
+
+@triton.jit
+def _guess_from_some(k, eps, anchor, seen, counted, sum1, sum2, n_cols):
+    """tau from the moments of ``counted`` valid entries among ``seen`` of the n_cols, all [ROWS]; any finite number will do."""
+    count = tl.maximum(counted, 1.0)
+    share = tl.minimum(tl.maximum(k * seen / (count * n_cols), 1e-6), 0.999999)
+    guess, _ = _guess(share, eps, count, sum1, sum2)
+    guess += anchor
+    return tl.where(tl.abs(guess) < float("inf"), guess, anchor)
+
+
+@triton.jit
+def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prior, TOLERANCE: tl.constexpr, PRIOR: tl.constexpr):
     """The solver's state before the first sweep, all [ROWS].
 
     n_finite, n_inf, n_nan count finite, +inf and NaN entries; sum1 and sum2 are the sums of s - anchor and its square over the
-    finite ones, which lie between anchor + least and anchor + most.
+    finite ones, which lie between anchor + least and anchor + most. PRIOR: ``prior`` is the first guess, where it is not NaN.
     Returns the budget of the finite entries, eps, the first guess hi, the bracket of tau - hi, and the flags bad (a NaN row),
     full (every valid entry is 1), empty (every finite entry is 0).
     """
@@ -93,18 +133,14 @@ def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, TOLE
     anchor = tl.where(easy, 0.0, anchor)
     least = tl.where(easy, 0.0, least)
     most = tl.where(easy, 0.0, most)
-    share = budget / count
-    above = -eps * tl.log(share)
-    mean = sum1 / count
-    variance = tl.maximum(sum2 / count - mean * mean, 0.0)
-    # a wide row: the quantile of s + eps E; a narrow one: the threshold if nothing is saturated, to the second moment
-    wide = mean + eps + tl.sqrt(variance + eps * eps) * _normal_upper_quantile(share)
-    guess = tl.where(variance > eps * eps, wide, mean + 0.5 * variance / eps + above)
+    guess, above = _guess(budget / count, eps, count, sum1, sum2)
     low = least + above
     high = most + above
     guess = tl.where(guess == guess, guess, 0.5 * low + 0.5 * high)
     guess = tl.minimum(tl.maximum(guess, low), high)
     hi = anchor + guess
+    if PRIOR:
+        hi = tl.where(easy | (prior != prior), hi, prior)
     # what rounding may have moved the bounds by
     slack = TOLERANCE * (tl.abs(anchor) + tl.abs(hi) + tl.abs(low) + tl.abs(high))
     moved = hi - anchor
@@ -198,19 +234,13 @@ def _lam(s, hi, lo, scale, k):
 
 
 @triton.jit
-def _square(d, REPS: tl.constexpr):
-    """d² for a sum over the row."""
-    square = d * d
+def _product(x, y, REPS: tl.constexpr):
+    """x y for a sum over the row; 0 where x is."""
+    product = x * y
     if REPS == 1:
         # a thread of a small tile may have a single entry: its product may not meet the sum of another thread, see rows.py
-        square = tl.where(d != 0, square, 0.0)
-    return square
-
-
-@triton.jit
-def _back_and_forth(index, count, turn):
-    """The tiles of a pass in turn up and down, so that a pass finds in the cache what the one before it read last."""
-    return tl.where(turn % 2 == 0, index, count - 1 - index)
+        product = tl.where(x != 0, product, 0.0)
+    return product
 
 
 @triton.jit
@@ -255,6 +285,38 @@ def _examine(
     return n_nan, n_inf, n_finite, least, most, sum1, sum2
 
 
+@triton.jit
+def _sweep(
+    scores_ptr, mask_ptr, lam_ptr, rows, live, start, end, n_cols, stride, mask_stride, hi, scale, q, inverse, turn,
+    STORE: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
+    REPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """One sweep over a share of a row that is re-read: the sum of w below q and the number of the others, each [ROWS].
+
+    STORE: also lam at this threshold. A tile is loaded while the one before it is worked on.
+    """
+    BLOCK: tl.constexpr = REPS * LANES * VEC
+    cols = columns(REPS, LANES, VEC)
+    weight = tl.zeros([ROWS, LANES], COMPUTE)
+    saturated = tl.zeros([ROWS, LANES], tl.int32)
+    n_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+    ahead = start + back_and_forth(0, n_tiles, turn) * BLOCK + cols
+    following = load_tile(scores_ptr, mask_ptr, rows, ahead, ahead < end, stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
+    for index in range(0, n_tiles):
+        s, at = following, ahead
+        ahead = start + back_and_forth(tl.minimum(index + 1, n_tiles - 1), n_tiles, turn) * BLOCK + cols
+        following = load_tile(scores_ptr, mask_ptr, rows, ahead, ahead < end, stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
+        w = _weights(s, hi, scale)
+        over = w >= spread(q)
+        weight += fold(tl.where(over, 0.0, w))
+        saturated += fold(over.to(tl.int32))
+        if STORE:
+            lam = tl.minimum(w * spread(inverse), 1.0)
+            inside = spread(live) if EVEN else spread(live) & (at < end)
+            tl.store(lam_ptr + spread(rows * n_cols) + at, lam.to(lam_ptr.dtype.element_ty), mask=inside)
+    return tl.sum(weight, 1), tl.sum(saturated, 1)
+
+
 @triton.jit(do_not_specialize=["n_rows", "k_stride", "eps_stride"])
 def _forward(
     scores_ptr,
@@ -291,12 +353,15 @@ def _forward(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """PROGRAMS programs share a row, ``chunk`` columns each; HELD: these fit a tile, and stay in registers.
 
     COUNT stores the number of sweeps of every program, or -1 where it was not alive to the end (see ``rows.exchange``).
     """
     BLOCK: tl.constexpr = REPS * LANES * VEC
+    n_cols, chunk = multiple(n_cols, UNIT), multiple(chunk, UNIT)
+    scores_stride, mask_stride = multiple(scores_stride, UNIT), multiple(mask_stride, UNIT)
     program = tl.program_id(0).to(tl.int64)
     part = (program % PROGRAMS).to(tl.int32)
     start = part * chunk
@@ -317,6 +382,9 @@ def _forward(
         anchor = tl.where(tl.load(mask_ptr + rows * mask_stride, mask=there, other=0) != 0, anchor, 0.0)
     anchor = tl.where(_finite(anchor), anchor, 0.0)
 
+    alive = n_rows > 0
+    epoch = part * 0 + 1
+
     # --- the moments of the row
     if HELD:
         s = load_tile(
@@ -325,30 +393,59 @@ def _forward(
         )  # fmt: skip
         if EVEN and not HAS_MASK:
             d = s - spread(anchor)
-            sum1, sum2 = row_sums(d, _square(d, REPS))
+            sum1, sum2 = row_sums(d, _product(d, d, REPS))
             n_finite = tl.full([ROWS], BLOCK, tl.int32)
         else:
             valid = s != float("-inf")
             d = tl.where(valid, s - spread(anchor), 0.0)
-            sum1, sum2, counted = row_sums3(d, _square(d, REPS), valid.to(COMPUTE))
+            sum1, sum2, counted = row_sums3(d, _product(d, d, REPS), valid.to(COMPUTE))
             n_finite = counted.to(tl.int32)
+        prior = anchor
     else:
+        # a tile of every program has the first guess, so that this pass over the row is a sweep as well
+        following = load_tile(
+            scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE
+        )
+        s = following
+        valid = s != float("-inf")
+        d = tl.where(valid, s - spread(anchor), 0.0)
+        sum1, sum2, counted = row_sums3(d, _product(d, d, REPS), valid.to(COMPUTE))
+        seen = tl.minimum(n_cols, BLOCK)
+        if PROGRAMS > 1:
+            seen = PROGRAMS * tl.minimum(chunk, BLOCK)
+            all1, counts, all2, alive = exchange(
+                words_ptr, sum1, counted.to(tl.int32), sum2, part, epoch, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+            )
+            epoch += 1
+            sum1 = tl.zeros_like(sum1) + tl.sum(all1, 0)
+            sum2 = tl.zeros_like(sum2) + tl.sum(all2, 0)
+            counted = tl.zeros_like(counted) + tl.sum(counts, 0).to(COMPUTE)
+        prior = _guess_from_some(k, eps, anchor, seen.to(COMPUTE), counted, sum1, sum2, n_cols)
+        prior_scale = 1.4426950408889634 / eps
         sum1_acc = tl.zeros([ROWS, LANES], COMPUTE)
         sum2_acc = tl.zeros([ROWS, LANES], COMPUTE)
+        weight_acc = tl.zeros([ROWS, LANES], COMPUTE)
         count_acc = tl.zeros([ROWS, LANES], tl.int32)
+        over_acc = tl.zeros([ROWS, LANES], tl.int32)
         for tile in range(start, end, BLOCK):
-            s = load_tile(
-                scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE
+            s = following
+            ahead = tile + BLOCK + cols
+            following = load_tile(
+                scores_ptr, mask_ptr, rows, ahead, ahead < end, scores_stride, mask_stride, HAS_MASK, False, COMPUTE
             )
             valid = s != float("-inf")
             d = tl.where(valid, s - spread(anchor), 0.0)
             sum1_acc += fold(d)
-            sum2_acc += fold(_square(d, REPS))
+            sum2_acc += fold(_product(d, d, REPS))
             count_acc += fold(valid.to(tl.int32))
+            v = _weights(s, prior, prior_scale)
+            over = v >= 1.0
+            weight_acc += fold(tl.where(over, 0.0, v))
+            over_acc += fold(over.to(tl.int32))
         sum1, sum2 = tl.split(tl.sum(tl.join(sum1_acc, sum2_acc), 1))
         n_finite = tl.sum(count_acc, 1)
-    alive = n_rows > 0
-    epoch = part * 0 + 1
+        weight = tl.sum(weight_acc, 1)
+        saturated = tl.sum(over_acc, 1)
     if PROGRAMS > 1:
         all1, counts, all2, alive = exchange(
             words_ptr, sum1, n_finite, sum2, part, epoch, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING
@@ -358,6 +455,13 @@ def _forward(
         sum1 = tl.zeros_like(sum1) + tl.sum(all1, 0)
         sum2 = tl.zeros_like(sum2) + tl.sum(all2, 0)
         n_finite = tl.zeros_like(n_finite) + tl.sum(counts, 0)
+        if not HELD:
+            all1, counts, _, alive = exchange(
+                words_ptr, weight, saturated, weight, part, epoch, alive, False, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+            )
+            epoch += 1
+            weight = tl.zeros_like(weight) + tl.sum(all1, 0)
+            saturated = tl.zeros_like(saturated) + tl.sum(counts, 0)
     n_nan = tl.zeros([ROWS], tl.int32)
     n_inf = tl.zeros([ROWS], tl.int32)
     most = tl.sqrt(sum2) * 1.001 + 1e-18
@@ -388,8 +492,10 @@ def _forward(
             )
             n_finite = tl.zeros_like(n_finite) + tl.sum(counts, 0)
             epoch += 3
+        # the sums of its first sweep are worth nothing
+        prior = tl.full([ROWS], float("nan"), COMPUTE)
     budget, safe_eps, hi, low, high, bad, full, empty = _begin(
-        k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, TOLERANCE
+        k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prior, TOLERANCE, not HELD
     )
     scale = 1.4426950408889634 / safe_eps
     inv_budget = 1.0 / budget
@@ -407,30 +513,36 @@ def _forward(
             w = tl.exp2(tl.minimum((s - spread(hi)) * spread(scale), CLIP))
 
     # --- sweeps
-    n_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
     sweep = 0
+    storing = n_rows < 0
+    stored_all = n_rows < 0
+    if not HELD and _any(~done) & ~special:
+        one = tl.full([ROWS], 1.0, COMPUTE)
+        lo, low, high, done = _advance(
+            0, saturated, weight, one, k, n_inf, budget, inv_budget, safe_eps, lo, low, high, done, TOLERANCE
+        )
+        storing = ~_any(tl.abs(lo) * scale > NEXT_TO_NOTHING)
+        hi, lo, low, high = _recentre(hi, lo, low, high, ~done, COMPUTE)
+        sweep = 1
     pending = _any(~done) & alive
     while pending & (sweep < MAX_SWEEPS):
         q, inverse = _power(lo, scale)
+        at = lo
         if HELD:
             free = (w < spread(q)).to(COMPUTE)
             weight, n_free = row_sums(w * free, free)
             saturated = BLOCK - n_free.to(tl.int32)
         else:
-            weight_acc = tl.zeros([ROWS, LANES], COMPUTE)
-            count_acc = tl.zeros([ROWS, LANES], tl.int32)
-            for index in range(0, n_tiles):
-                tile = start + _back_and_forth(index, n_tiles, sweep + 1) * BLOCK
-                x = load_tile(
-                    scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, mask_stride,
-                    HAS_MASK, EVEN, COMPUTE,
+            if storing:
+                weight, saturated = _sweep(
+                    scores_ptr, mask_ptr, lam_ptr, rows, live, start, end, n_cols, scores_stride, mask_stride,
+                    hi, scale, q, inverse, sweep, True, HAS_MASK, EVEN, COMPUTE, REPS, ROWS, LANES, VEC,
                 )  # fmt: skip
-                v = _weights(x, hi, scale)
-                over = v >= spread(q)
-                weight_acc += fold(tl.where(over, 0.0, v))
-                count_acc += fold(over.to(tl.int32))
-            weight = tl.sum(weight_acc, 1)
-            saturated = tl.sum(count_acc, 1)
+            else:
+                weight, saturated = _sweep(
+                    scores_ptr, mask_ptr, lam_ptr, rows, live, start, end, n_cols, scores_stride, mask_stride,
+                    hi, scale, q, inverse, sweep, False, HAS_MASK, EVEN, COMPUTE, REPS, ROWS, LANES, VEC,
+                )  # fmt: skip
         if PROGRAMS > 1:
             all1, counts, _, alive = exchange(
                 words_ptr, weight, saturated, weight, part, epoch, alive, False, COOPERATIVE, PROGRAMS, P_BLOCK, RING
@@ -453,26 +565,34 @@ def _forward(
                 )  # fmt: skip
                 w = _weights(x, hi, scale)
         else:
+            step = tl.abs(lo - at) * scale
+            # lam is there if the last step, the free one of a converged row, would hardly move it: then it is not taken
+            stored_all = storing & ~pending & ~_any(step > TOLERANCE / 2)
+            lo = tl.where(stored_all, at, lo)
+            storing = ~special & ~_any(step > NEXT_TO_NOTHING)
             hi, lo, low, high = _recentre(hi, lo, low, high, ~done, COMPUTE)
 
     # --- the answer
     stored = spread(live) & alive
     q, inverse = _power(lo, scale)
-    hi, lo = _finish(hi, lo, bad, full, empty)
-    if HELD and not special:
-        inside = stored if EVEN else stored & (start + cols < end)
-        lam = tl.minimum(w * spread(inverse), 1.0)
-        tl.store(lam_ptr + spread(rows * n_cols) + start + cols, lam.to(lam_ptr.dtype.element_ty), mask=inside)
-    else:
+    if special:
+        hi, lo = _finish(hi, lo, bad, full, empty)
         narrow = columns(1, LANES, VEC)
-        n_narrow = tl.cdiv(tl.maximum(end - start, 0), LANES * VEC)
-        for index in range(0, n_narrow):
-            tile = start + _back_and_forth(index, n_narrow, sweep + 1) * (LANES * VEC)
+        for tile in range(start, end, LANES * VEC):
             inside = tile + narrow < end
             x = load_tile(scores_ptr, mask_ptr, rows, tile + narrow, inside, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
             lam = _lam(x, hi, lo, scale, k)
             inside = stored if EVEN else stored & inside
             tl.store(lam_ptr + spread(rows * n_cols) + tile + narrow, lam.to(lam_ptr.dtype.element_ty), mask=inside)
+    elif HELD:
+        inside = stored if EVEN else stored & (start + cols < end)
+        lam = tl.minimum(w * spread(inverse), 1.0)
+        tl.store(lam_ptr + spread(rows * n_cols) + start + cols, lam.to(lam_ptr.dtype.element_ty), mask=inside)
+    elif not stored_all:
+        _sweep(
+            scores_ptr, mask_ptr, lam_ptr, rows, live & alive, start, end, n_cols, scores_stride, mask_stride,
+            hi, scale, q, inverse, sweep, True, HAS_MASK, EVEN, COMPUTE, REPS, ROWS, LANES, VEC,
+        )  # fmt: skip
     first = live & alive & (part == 0)
     tl.store(threshold_ptr + rows * 2, hi, mask=first)
     tl.store(threshold_ptr + rows * 2 + 1, lo, mask=first)
@@ -541,10 +661,16 @@ def _backward(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """PROGRAMS programs share a row, ``chunk`` columns each; HELD: these fit a tile. sums [rows, 2, PROGRAMS], deps a program."""
     BLOCK: tl.constexpr = REPS * LANES * VEC
+    n_cols, chunk, grad_stride = multiple(n_cols, UNIT), multiple(chunk, UNIT), multiple(grad_stride, UNIT)
+    scores_stride, mask_stride = multiple(scores_stride, UNIT), multiple(mask_stride, UNIT)
     program = tl.program_id(0).to(tl.int64)
+    if PHASE == APPLY:
+        # the other way round: the last that the first launch has read is in the cache
+        program = tl.num_programs(0) - 1 - program
     part = (program % PROGRAMS).to(tl.int32)
     rows = (program // PROGRAMS) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
@@ -568,7 +694,7 @@ def _backward(
         mass = tl.sum(tl.load(at, mask=parts < PROGRAMS, other=0.0), 1)
         weighted = tl.sum(tl.load(at + PROGRAMS, mask=parts < PROGRAMS, other=0.0), 1)
     elif HELD:
-        mass, weighted = row_sums(lam, lam * g)
+        mass, weighted = row_sums(lam, _product(lam, g, REPS))
     else:
         mass_acc = tl.zeros([ROWS, LANES], COMPUTE)
         weighted_acc = tl.zeros([ROWS, LANES], COMPUTE)
@@ -596,7 +722,9 @@ def _backward(
                 deps = row_sum(d * ds)
         else:
             deps_acc = tl.zeros([ROWS, LANES], COMPUTE)
-            for tile in range(start, end, BLOCK):
+            n_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+            for index in range(0, n_tiles):
+                tile = start + back_and_forth(index, n_tiles, 1) * BLOCK
                 inside = tile + cols < end
                 d, g, lam = _backward_tile(
                     scores_ptr, grad_ptr, mask_ptr, rows, tile + cols, inside, scores_stride, grad_stride, mask_stride,
@@ -714,7 +842,7 @@ def _prepare_forward(
     ``strides`` are those of scores, mask, k and eps; ``dtypes`` those of k, eps and mask, None where there is no tensor.
     """
     check_config("soft_topk", config, n_cols)
-    shape = tiles(config, n_rows, n_cols, dtype.itemsize, processors)
+    shape = tiles(config, n_rows, n_cols, dtype.itemsize, processors, strides[:2])
     compute, tl_compute = compute_dtypes(dtype)
     double = compute == torch.float64
     max_sweeps = MAX_SWEEPS_64 if double else MAX_SWEEPS_32
@@ -744,6 +872,7 @@ def _prepare_forward(
         ROWS=shape.rows,
         LANES=shape.lanes,
         VEC=shape.vec,
+        UNIT=shape.unit,
         **compile_options(config),
         **({"launch_cooperative_grid": True} if shared and cooperative else {}),
     )
@@ -807,7 +936,7 @@ def _prepare_backward(
     where there is no tensor.
     """
     check_config("soft_topk", config, n_cols)
-    shape = tiles(config, n_rows, n_cols, dtype.itemsize, None)
+    shape = tiles(config, n_rows, n_cols, dtype.itemsize, None, strides[:3])
     eps_is_tensor, has_mask = (dtype is not None for dtype in dtypes[2:])
     launches = tuple(
         Prepared(
@@ -827,6 +956,7 @@ def _prepare_backward(
             ROWS=shape.rows,
             LANES=shape.lanes,
             VEC=shape.vec,
+            UNIT=shape.unit,
             **compile_options(config),
         )
         for phase in ((SUMS, APPLY) if shape.programs > 1 else (WHOLE,))

@@ -110,7 +110,7 @@ _TARGET = {
     "reason": TEXT,
     "detail": OBJECT,
 }
-_DETAIL = {"numerator_us": MAYBE_NUMBER, "denominator_us": MAYBE_NUMBER, "sweeps": MAYBE_WHOLE, "floats_a_row": MAYBE_NUMBER}
+_DETAIL = {"numerator_us": MAYBE_NUMBER, "denominator_us": MAYBE_NUMBER, "sweeps": MAYBE_NUMBER, "floats_a_row": MAYBE_NUMBER}
 """What a target's ``detail`` may hold."""
 
 _PROPERTY = {

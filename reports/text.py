@@ -95,8 +95,8 @@ def count(value: int | float | None) -> str:
     return f"{value:,}".replace(",", NARROW_SPACE)
 
 
-def several(number: int, singular: str, plural: str | None = None) -> str:
-    """``1 key``, ``2 keys``."""
+def several(number: int | float, singular: str, plural: str | None = None) -> str:
+    """``1 key``, ``2 keys``, ``2.50 sweeps``."""
     return f"{count(number)} {singular if number == 1 else plural or singular + 's'}"
 
 

@@ -24,6 +24,8 @@ TARGETS = {
 }
 LAUNCHES = {(256, 4, 1), (8192, 1, 8)}
 """Length, rows a program and warps of launches that sm_90 gets in any case."""
+WIDTHS = {8192: 4, 200: 4, 8190: 2, 201: 1}
+"""How many float32 are loaded at once from rows of a length."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -52,6 +54,7 @@ def test_every_variant_compiles(target: str) -> None:
     )
     for row in record:
         assert row["binary_bytes"] > 0
+        assert row["dtype"] != "float32" or row["VEC"] == WIDTHS.get(row["n"], row["VEC"]), row
         if target.startswith("sm_"):
             assert row["registers"] > 0
             # what threads iterate on must be the same in all of them; libdevice's exp2 of a float64 ends with a product by a
@@ -75,8 +78,8 @@ def check_layouts(row: dict[str, Any]) -> None:
     Releases of Triton differ in the axis that threads go to first (LANES_FIRST of rows.py).
     """
     assert row["layouts"], row
-    # rows of other lengths begin anywhere, and a tile of fewer columns is less than what its threads could load
-    if row["n"] % 16 == 0 and row["ROWS"] * row["LANES"] == 32 * row["num_warps"]:
+    # a tile of fewer columns is less than what its threads could load
+    if row["ROWS"] * row["LANES"] == 32 * row["num_warps"]:
         for layout in row["layouts"]:
             assert layout["columns"] == [1, 1, 1, row["VEC"]], row
             reps, rows, lanes, vec = layout["threads"]

@@ -219,6 +219,12 @@ launch(
     "even = n_cols > 0 and n_cols == programs * chunk and chunk % block == 0",
     "even = n_cols > 0 and n_cols == programs * chunk",
 )
+launch(
+    "strides taken for aligned",
+    "rows that lie further apart than they are long are taken to be as aligned as their length says",
+    "    sizes = (n_cols, *strides)\n",
+    "    sizes = (n_cols,)\n",
+)
 
 # --- kernels/soft_topk.py --------------------------------------------------------------------------------------------
 
@@ -402,8 +408,8 @@ soft(
 soft(
     "soft_topk: last tile of a pass left out",
     "a row that is re-read in tiles is read without the last, incomplete one",
-    "    n_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK)",
-    "    n_tiles = tl.maximum(end - start, 0) // BLOCK",
+    "    n_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK)\n    ahead",
+    "    n_tiles = tl.maximum(end - start, 0) // BLOCK\n    ahead",
 )
 soft(
     "soft_topk: stale exchange",
@@ -418,8 +424,47 @@ soft(
 soft(
     "soft_topk: sums of one program",
     "each program that shares a row goes by the unsaturated mass of its own columns",
-    "            weight = tl.zeros_like(weight) + tl.sum(all1, 0)",
-    "            weight = weight + 0.0 * tl.sum(all1, 0)",
+    """            epoch += 1
+            weight = tl.zeros_like(weight) + tl.sum(all1, 0)
+            saturated = tl.zeros_like(saturated) + tl.sum(counts, 0)
+        lo, low""",
+    """            epoch += 1
+            weight = weight + 0.0 * tl.sum(all1, 0)
+            saturated = tl.zeros_like(saturated) + tl.sum(counts, 0)
+        lo, low""",
+)
+soft(
+    "soft_topk: first sweep of one program",
+    "each program that shares a row goes by the saturated entries of its own columns in the sweep that finds the moments",
+    """            saturated = tl.zeros_like(saturated) + tl.sum(counts, 0)
+    n_nan""",
+    """            saturated = saturated + 0 * tl.sum(counts, 0)
+    n_nan""",
+)
+soft(
+    "soft_topk: first sweep saturated late",
+    "the sweep that finds the moments of a row that is re-read takes entries for saturated from twice the threshold's weight on",
+    "            over = v >= 1.0",
+    "            over = v >= 2.0",
+)
+soft(
+    "soft_topk: lam stored too early",
+    "a row that is re-read keeps the lam of a sweep that was not the last",
+    "            stored_all = storing & ~pending & ~_any(step > TOLERANCE / 2)",
+    "            stored_all = storing & ~pending",
+)
+soft(
+    "soft_topk: lam of any sweep",
+    "every sweep over a row that is re-read stores lam, and the last one is taken for right",
+    "            storing = ~special & ~_any(step > NEXT_TO_NOTHING)",
+    "            storing = ~special",
+    equivalent="a sweep that need not store is slower for it; its lam is taken only where the step after it is next to nothing",
+)
+soft(
+    "soft_topk: last tile left out for the one before",
+    "a sweep over a row that is re-read works on the last tile but one twice, and not on the last",
+    "tl.minimum(index + 1, n_tiles - 1), n_tiles, turn)",
+    "tl.minimum(index + 1, tl.maximum(n_tiles - 2, 0)), n_tiles, turn)",
 )
 soft(
     "soft_topk: eps of row 0",
