@@ -26,6 +26,10 @@ LANES_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(
 order since. LANES must get them before ROWS, and REPS none: before 3.7 a tile is stored as [LANES, ROWS, REPS, VEC]."""
 
 
+CHAINS = tl.constexpr(4)
+"""Sums that a thread adds up side by side, at least."""
+
+
 @triton.jit
 def columns(REPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
     """The columns of a tile, [REPS, 1, LANES, VEC]."""
@@ -54,8 +58,27 @@ def spread(value):
 
 
 @triton.jit
+def _chains(x):
+    """A tile whose columns of a thread are [n, CHAINS] in place of [REPS, VEC] where VEC is less.
+
+    Sums of n terms are as exact for rows of an odd length as for others, and an addition need not wait for the one before it.
+    """
+    VEC: tl.constexpr = x.shape[3]
+    REPS: tl.constexpr = x.shape[2 if LANES_FIRST else 0]
+    if VEC < CHAINS and REPS * VEC > CHAINS:
+        if LANES_FIRST:
+            x = tl.reshape(x, [x.shape[0], x.shape[1], REPS * VEC // CHAINS, CHAINS])
+        else:
+            x = tl.reshape(x, [REPS * VEC // CHAINS, CHAINS // VEC, x.shape[1], x.shape[2], VEC])
+            x = tl.permute(x, [0, 2, 3, 1, 4])
+            x = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], CHAINS])
+    return x
+
+
+@triton.jit
 def fold(x):
     """What a thread adds up by itself, [ROWS, LANES]."""
+    x = _chains(x)
     if LANES_FIRST:
         return tl.trans(tl.sum(tl.sum(x, 2), 2))
     else:
@@ -76,6 +99,7 @@ def row_sums(x, y):
 
 @triton.jit
 def row_max(x):
+    x = _chains(x)
     if LANES_FIRST:
         return tl.max(tl.max(tl.max(x, 2), 2), 0)
     else:

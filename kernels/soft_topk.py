@@ -575,8 +575,12 @@ def _forward(
     # --- the answer
     stored = spread(live) & alive
     q, inverse = _power(lo, scale)
-    if special:
-        hi, lo = _finish(hi, lo, bad, full, empty)
+    hi, lo = _finish(hi, lo, bad, full, empty)
+    if HELD and not special:
+        inside = stored if EVEN else stored & (start + cols < end)
+        lam = tl.minimum(w * spread(inverse), 1.0)
+        tl.store(lam_ptr + spread(rows * n_cols) + start + cols, lam.to(lam_ptr.dtype.element_ty), mask=inside)
+    elif special:
         narrow = columns(1, LANES, VEC)
         for tile in range(start, end, LANES * VEC):
             inside = tile + narrow < end
@@ -584,11 +588,7 @@ def _forward(
             lam = _lam(x, hi, lo, scale, k)
             inside = stored if EVEN else stored & inside
             tl.store(lam_ptr + spread(rows * n_cols) + tile + narrow, lam.to(lam_ptr.dtype.element_ty), mask=inside)
-    elif HELD:
-        inside = stored if EVEN else stored & (start + cols < end)
-        lam = tl.minimum(w * spread(inverse), 1.0)
-        tl.store(lam_ptr + spread(rows * n_cols) + start + cols, lam.to(lam_ptr.dtype.element_ty), mask=inside)
-    elif not stored_all:
+    elif not HELD and not stored_all:
         _sweep(
             scores_ptr, mask_ptr, lam_ptr, rows, live & alive, start, end, n_cols, scores_stride, mask_stride,
             hi, scale, q, inverse, sweep, True, HAS_MASK, EVEN, COMPUTE, REPS, ROWS, LANES, VEC,
