@@ -23,8 +23,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
+import triton
+import triton.language as tl
 from coordroute.kernels import coordinate_descent, launch, soft_topk
-from coordroute.kernels.config import LaunchConfig
+from coordroute.kernels.config import LaunchConfig, next_power_of_2
+from coordroute.kernels.rows import columns, row_sum
 from coordroute.reference import compare, families, oracles
 from coordroute.reference.oracles import Array, Truth
 
@@ -730,3 +733,56 @@ def test_lam_belongs_to_the_threshold() -> None:
         assert ((lam.double() - expected).abs() <= bound * expected).all(), (k, eps)
         # the solver stops at 2**-20 of the unsaturated mass, and rounding adds less than as much
         assert ((lam.double().sum(1) - k).abs() <= 2 * 2.0**-20 * k).all(), (k, eps)
+
+
+# --- how rows lie in threads -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "itemsize", "strides", "vec", "unit"),
+    [
+        (8192, 4, (8192, 8192), 4, 1),  # Triton sees multiples of 16 itself
+        (8192, 4, (8192, 8200), 4, 4),
+        (200, 4, (200, 0), 4, 4),
+        (200, 2, (200, 200), 8, 8),
+        (1500, 2, (1500, 1500), 4, 4),
+        (1500, 8, (1500, 1500), 2, 2),
+        (8190, 4, (8190, 0), 2, 2),
+        (201, 4, (201, 0), 1, 1),
+        (200, 4, (203, 0), 4, 1),  # the same sums as rows that lie side by side
+        (0, 4, (0, 0), 4, 1),
+    ],
+)
+def test_rows_are_loaded_as_wide_as_they_are_aligned(n: int, itemsize: int, strides: tuple[int, ...], vec: int, unit: int) -> None:
+    block = max(next_power_of_2(n), 16)
+    found = launch.tiles(LaunchConfig("resident", block, 1, 1), 100, n, itemsize, None, strides)
+    assert (found.vec, found.unit, found.reps * found.lanes * found.vec) == (vec, unit, block)
+
+
+def test_a_thread_of_a_small_tile_has_a_pair_of_columns() -> None:
+    """Of which Triton may give it one, in tiles that are known by their single repetition."""
+    found = launch.tiles(LaunchConfig("resident", 64, 1, 4), 100, 33, 4, None, (33,))
+    assert (found.reps, found.lanes, found.vec, found.unit) == (1, 32, 2, 1)
+
+
+@triton.jit
+def _folded(x_ptr, out_ptr, REPS: tl.constexpr, VEC: tl.constexpr):
+    x = tl.load(x_ptr + columns(REPS, 1, VEC) + tl.arange(0, 1)[None, :, None, None])
+    tl.store(out_ptr + tl.arange(0, 1), row_sum(x))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the order of additions is Triton's, but in the interpreter")
+@pytest.mark.parametrize("vec", [1, 2, 4])
+def test_a_thread_adds_up_four_sums_side_by_side(vec: int) -> None:
+    """64 scores are four sums of 16, and not one of 64, which rounds four times as often."""
+    x = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    out = torch.zeros(1)
+    _folded[(1,)](x, out, 64 // vec, vec)
+    chains = x.view(16, 4)
+    sums = chains[0].clone()
+    for more in chains[1:]:
+        sums += more
+    expected = sums[0]
+    for one in sums[1:]:
+        expected = expected + one
+    assert out.item() == expected.item()
