@@ -440,18 +440,20 @@ soft(
     n_nan""",
     """            saturated = saturated + 0 * tl.sum(counts, 0)
     n_nan""",
+    where=_GPU,
 )
 soft(
     "soft_topk: first sweep saturated late",
     "the sweep that finds the moments of a row that is re-read takes entries for saturated from twice the threshold's weight on",
     "            over = v >= 1.0",
     "            over = v >= 2.0",
+    where=_GPU,
 )
 soft(
-    "soft_topk: lam stored too early",
-    "a row that is re-read keeps the lam of a sweep that was not the last",
+    "soft_topk: lam never stored",
+    "lam of a row that is re-read is taken to be there after a sweep that did not store it",
     "            stored_all = storing & ~pending & ~_any(step > TOLERANCE / 2)",
-    "            stored_all = storing & ~pending",
+    "            stored_all = ~special & ~pending & ~_any(step > TOLERANCE / 2)",
 )
 soft(
     "soft_topk: lam of any sweep",
