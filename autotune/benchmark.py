@@ -528,8 +528,8 @@ class _Bench:
 
             sets = timing.input_sets(self.device, 2 * rows * n * getattr(torch, dtype).itemsize)
             counts = [int(count_sweeps(scores, k_of(n), EXACT_EPS).max()) for scores in self.scores(rows, n, dtype, sets)]
-            mean = statistics.fmean(counts)
-            return {"sweeps": int(mean) if mean.is_integer() else round(mean, 2)}
+            # a whole number where it is one
+            return {"sweeps": statistics.mean(counts)}
         except Exception as error:
             return {"sweeps": None, "sweeps_reason": one_line(error)}
 

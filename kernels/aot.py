@@ -11,8 +11,8 @@ What is compiled is what the operators launch, noted from their own calls on ten
 the recomputation of coordinate descent's states, with a mask and tensors k and eps, at the heuristic's configurations. Every
 target gets float32, bfloat16 and float64 at a resident length, and the forwards of a row so short that a thread has one entry;
 float32 and float64 at a row that programs share; float32 where the forward re-reads rows in tiles. sm_90 gets float16 at the
-resident length too, and float32 at MORE lengths, some of them no multiple of 16, without a mask, and soft_topk's forward at
-LAUNCHES. That is about a minute of one core a target; nothing is taken from Triton's cache.
+resident length too, float32 at MORE lengths, some of them no multiple of 16, and at the resident one without a mask, and
+soft_topk's forward at LAUNCHES. Nothing is taken from Triton's cache.
 """
 
 from __future__ import annotations
