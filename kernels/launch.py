@@ -85,9 +85,7 @@ class Tiles(NamedTuple):
     unit: int
 
 
-def tiles(
-    config: LaunchConfig, n_rows: int, n_cols: int, itemsize: int, processors: int | None, strides: tuple[int, ...] = ()
-) -> Tiles:
+def tiles(config: LaunchConfig, n_rows: int, n_cols: int, itemsize: int, processors: int | None, strides: tuple[int, ...]) -> Tiles:
     """The tiles of a launch on scores [n_rows, n_cols] of so many bytes each, and ``strides`` of all that is read or written.
 
     ``processors`` says that programs that share a row wait for each other, so that all must run at the same time: then there are

@@ -18,10 +18,12 @@ F falls monotonically in tau. Two steps are known from a sweep:
     Newton on log F:        lo + eps * F/U * log(F / k)                  (converges fastest where entries are dense)
     the root if no entry changes sides:  lo + eps * log(U / (k - M))     (never below the root, for F is concave in 1/q)
 
-The first is taken, but never beyond the second, inside a bracket that always holds the root; what leaves the bracket, and
-from sweep PATIENCE on every other step, is a bisection. The bracket and the first guess come from the sums of d = s - s_0 and
-of d² over the row:  |s_i - s_0| <= sqrt(sum d²), and F(tau) = n P(s + eps E > tau) with E exponentially distributed, whose
-quantile is guessed as that of a normal distribution with the same two moments.
+The first is never above the second, for log(M + U/q) is convex in log(1/q). It is taken inside a bracket that always holds the
+root, and that the second narrows where F < k; what leaves the bracket, and from sweep PATIENCE on every other step, is a
+bisection. The bracket and the first guess come from the sums of d = s - s_0 and of d² over the row:  |s_i - s_0| <= sqrt(sum d²),
+and F(tau) = n P(s + eps E > tau) with E exponentially distributed, whose quantile is guessed as that of a normal distribution with
+the same two moments. It misses by some entries, which is a long way in a short row: where rows share a program the entries above
+the guess are counted, and the guess moves by as many spacings of that normal distribution as there are too many.
 
 Backward, with g the gradient of lam and sums over the unsaturated entries U (implicit differentiation of F = k):
 
@@ -94,13 +96,23 @@ def _normal_upper_quantile(p):
 
 @triton.jit
 def _guess(share, eps, count, sum1, sum2):
-    """tau - anchor as the moments of s - anchor have it where a share of the row's mass is to be above, and -eps log(share)."""
+    """What the moments of s - anchor say of the threshold above which a share of the row's mass is, all [ROWS].
+
+    Returns tau - anchor, -eps log(share), how far tau moves if one entry more is to be above it as far as the moments can tell,
+    and the standard deviation of s + eps E; the last two are 0 for a row narrower than eps.
+    """
     above = -eps * tl.log(share)
     mean = sum1 / count
     variance = tl.maximum(sum2 / count - mean * mean, 0.0)
+    deviation = tl.sqrt(variance + eps * eps)
+    z = _normal_upper_quantile(share)
     # a wide row: the quantile of s + eps E; a narrow one: the threshold if nothing is saturated, to the second moment
-    wide = mean + eps + tl.sqrt(variance + eps * eps) * _normal_upper_quantile(share)
-    return tl.where(variance > eps * eps, wide, mean + 0.5 * variance / eps + above), above
+    wide = variance > eps * eps
+    guess = tl.where(wide, mean + eps + deviation * z, mean + 0.5 * variance / eps + above)
+    deviation = tl.where(wide, deviation, 0.0)
+    # the inverse of the density of a normal distribution
+    spacing = deviation * (2.5066283 / count) * tl.exp2(tl.minimum(0.7213475 * z * z, CLIP))
+    return guess, above, spacing, deviation
 
 
 @triton.jit
@@ -108,7 +120,7 @@ def _guess_from_some(k, eps, anchor, seen, counted, sum1, sum2, n_cols):
     """tau from the moments of ``counted`` valid entries among ``seen`` of the n_cols, all [ROWS]; any finite number will do."""
     count = tl.maximum(counted, 1.0)
     share = tl.minimum(tl.maximum(k * seen / (count * n_cols), 1e-6), 0.999999)
-    guess, _ = _guess(share, eps, count, sum1, sum2)
+    guess, _, _, _ = _guess(share, eps, count, sum1, sum2)
     guess += anchor
     return tl.where(tl.abs(guess) < float("inf"), guess, anchor)
 
@@ -119,8 +131,8 @@ def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prio
 
     n_finite, n_inf, n_nan count finite, +inf and NaN entries; sum1 and sum2 are the sums of s - anchor and its square over the
     finite ones, which lie between anchor + least and anchor + most. PRIOR: ``prior`` is the first guess, where it is not NaN.
-    Returns the budget of the finite entries, eps, the first guess hi, the bracket of tau - hi, and the flags bad (a NaN row),
-    full (every valid entry is 1), empty (every finite entry is 0).
+    Returns the budget of the finite entries, eps, the first guess hi, the bracket of tau - hi, the spacing and deviation of
+    ``_guess``, and the flags bad (a NaN row), full (every valid entry is 1), empty (every finite entry is 0).
     """
     bad = (n_nan > 0) | (k != k) | ~((eps > 0) & (eps < float("inf")))
     budget = k - n_inf
@@ -133,7 +145,7 @@ def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prio
     anchor = tl.where(easy, 0.0, anchor)
     least = tl.where(easy, 0.0, least)
     most = tl.where(easy, 0.0, most)
-    guess, above = _guess(budget / count, eps, count, sum1, sum2)
+    guess, above, spacing, deviation = _guess(budget / count, eps, count, sum1, sum2)
     low = least + above
     high = most + above
     guess = tl.where(guess == guess, guess, 0.5 * low + 0.5 * high)
@@ -144,15 +156,12 @@ def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prio
     # what rounding may have moved the bounds by
     slack = TOLERANCE * (tl.abs(anchor) + tl.abs(hi) + tl.abs(low) + tl.abs(high))
     moved = hi - anchor
-    return budget, eps, hi, (low - moved) - slack, (high - moved) + slack, bad, full, empty
+    return budget, eps, hi, (low - moved) - slack, (high - moved) + slack, spacing, deviation, bad, full, empty
 
 
 @triton.jit
-def _advance(
-    sweep, saturated, weight, inverse, k, n_inf, budget, inv_budget, eps, lo, low, high, done,
-    TOLERANCE: tl.constexpr,
-):  # fmt: skip
-    """One safeguarded step of lo in the bracket, all [ROWS]; rows that are done keep theirs.
+def _judge(saturated, weight, inverse, k, n_inf, budget, TOLERANCE: tl.constexpr):
+    """What a sweep says of F - k: U, M, the residual and whether it is as small as it can be, all [ROWS].
 
     ``saturated`` counts the entries with w >= q = exp(lo / eps), ``weight`` is the sum of the other w, and inverse = 1 / q.
     """
@@ -161,29 +170,49 @@ def _advance(
     # M - k first: both are exact, so the residual has the accuracy of U even where U is far smaller than k
     residual = ((count + n_inf) - k) + unsaturated
     converged = tl.abs(residual) <= TOLERANCE * tl.maximum(unsaturated, tl.minimum(budget, 1.0) / 64)
-    low = tl.where(residual > 0, tl.maximum(low, lo), low)
-    high = tl.where(residual <= 0, tl.minimum(high, lo), high)
-    # log(F / k), where that is close to 1 without the rounding of the quotient
+    return unsaturated, count, residual, converged
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x for x > 0, to a few ulps: good for a step, and a third of the instructions of a division."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def _advance(sweep, unsaturated, count, residual, inv_budget, eps, lo, low, high, done, ROWS: tl.constexpr):
+    """One safeguarded step of lo in the bracket, all [ROWS]; rows that are done keep theirs."""
+    mass = count + unsaturated
     ratio = residual * inv_budget
-    log_f = tl.where(tl.abs(ratio) < 1e-3, ratio * (1.0 - 0.5 * ratio), tl.log(tl.maximum(1.0 + ratio, 1e-37)))
-    # so that neither the inverse nor what is multiplied by it overflows
-    some = unsaturated > 1e-30
-    inv_u = tl.where(some, 1.0 / unsaturated, 0.0)
-    newton = lo + eps * ((count + unsaturated) * inv_u) * log_f
-    # -log(1 - y) from above, and to the third order in y: y / sqrt(1 - y) where y > 0, else 2y / (2 - y)
-    y = tl.maximum(residual * inv_u, -1e30)
-    bounded = some & (y < 1.0)
-    most = tl.where(y > 0, y * tl.rsqrt(tl.where(bounded, 1.0 - y, 1.0)), 2.0 * y / (2.0 - y))
-    high = tl.where(bounded, tl.minimum(high, lo + eps * (most + 2e-6 * (1.0 + tl.abs(most)))), high)
-    target = tl.where(bounded, tl.minimum(newton, lo + eps * most), newton)
-    inside = some & (target > low) & (target < high)
-    bisect = ~converged & (~inside | ((sweep >= PATIENCE) & (sweep % 2 == 1)))
-    middle = 0.5 * tl.maximum(low, -1e38) + 0.5 * tl.minimum(high, 1e38)
-    target = tl.where(bisect, middle, target)
-    # the last step of a converged row is free, and only worth taking where the residual is small against U
-    polish = converged & inside & (tl.abs(residual) <= TOLERANCE * unsaturated)
-    lo = tl.where(~done & (~converged | polish), target, lo)
-    return lo, low, high, done | converged
+    # where no entry is below the threshold the step is beyond every bracket
+    least = tl.maximum(unsaturated, 1e-30)
+    if ROWS > 1:
+        # rows that share a program are short, and what is done once a row weighs as much as a sweep: log(1 + ratio) = p / q, the
+        # Padé approximant of order [3/3], so that one division does
+        ratio = tl.minimum(ratio, 1e3)
+        p = ratio * (60.0 + ratio * (60.0 + ratio * 11.0))
+        q = 60.0 + ratio * (90.0 + ratio * (36.0 + ratio * 3.0))
+        inverse = _reciprocal(least * q)
+        inv_u = q * inverse
+        step = mass * p * inverse
+    else:
+        # log(F / k), where that is close to 1 without the rounding of the quotient
+        log_f = tl.where(tl.abs(ratio) < 1e-3, ratio * (1.0 - 0.5 * ratio), tl.log(tl.maximum(1.0 + ratio, 1e-37)))
+        inv_u = _reciprocal(least)
+        step = mass * inv_u * log_f
+    # F < k: the root if no entry changes sides is above the root, and -log(1 + x) <= 2 / sqrt(1 + x) - 2; some ulps are rounding's
+    beyond = tl.minimum(2.0 * tl.rsqrt(1.0 + tl.maximum(-residual * inv_u, 0.0)) - (2.0 - 4e-6), 0.0)
+    low = tl.where(residual > 0, tl.maximum(low, lo), low)
+    high = tl.where(residual > 0, high, tl.minimum(high, lo + eps * beyond))
+    target = lo + eps * step
+    inside = (target > low) & (target < high)
+    if ROWS > 1:
+        # far from there the approximant is of no use
+        inside = inside & (ratio > -0.95)
+    bisect = ~inside | ((sweep >= PATIENCE) & (sweep % 2 == 1))
+    target = tl.where(bisect, 0.5 * low + 0.5 * high, target)
+    return tl.where(done, lo, target), low, high
 
 
 @triton.jit
@@ -494,7 +523,7 @@ def _forward(
             epoch += 3
         # the sums of its first sweep are worth nothing
         prior = tl.full([ROWS], float("nan"), COMPUTE)
-    budget, safe_eps, hi, low, high, bad, full, empty = _begin(
+    budget, safe_eps, hi, low, high, spacing, deviation, bad, full, empty = _begin(
         k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prior, TOLERANCE, not HELD
     )
     scale = 1.4426950408889634 / safe_eps
@@ -503,6 +532,13 @@ def _forward(
     done = bad | full | empty
     special = special | _any(done)
     if HELD:
+        if ROWS > 1:
+            # the moments of a short row miss by several entries: those above the guess are counted, which is cheaper than a sweep
+            over = row_sum((s >= spread(hi)).to(COMPUTE))
+            # F is no less than their number
+            low = tl.where(over >= k, tl.maximum(low, 0.0), low)
+            lo = tl.minimum(tl.maximum((over - k) * spacing + safe_eps, -0.5 * deviation), 0.5 * deviation)
+            hi, lo, low, high = _recentre(hi, tl.minimum(tl.maximum(lo, low), high), low, high, ~done, COMPUTE)
         if special:
             x = load_tile(
                 scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride,
@@ -515,12 +551,14 @@ def _forward(
     # --- sweeps
     sweep = 0
     storing = n_rows < 0
-    stored_all = n_rows < 0
+    lam_is_stored = n_rows < 0
+    last_residual = tl.zeros_like(hi)
+    last_unsaturated = tl.zeros_like(hi)
     if not HELD and _any(~done) & ~special:
         one = tl.full([ROWS], 1.0, COMPUTE)
-        lo, low, high, done = _advance(
-            0, saturated, weight, one, k, n_inf, budget, inv_budget, safe_eps, lo, low, high, done, TOLERANCE
-        )
+        unsaturated, count, residual, done = _judge(saturated, weight, one, k, n_inf, budget, TOLERANCE)
+        last_residual, last_unsaturated = residual, unsaturated
+        lo, low, high = _advance(0, unsaturated, count, residual, inv_budget, safe_eps, lo, low, high, done, ROWS)
         storing = ~_any(tl.abs(lo) * scale > NEXT_TO_NOTHING)
         hi, lo, low, high = _recentre(hi, lo, low, high, ~done, COMPUTE)
         sweep = 1
@@ -531,7 +569,7 @@ def _forward(
         if HELD:
             free = (w < spread(q)).to(COMPUTE)
             weight, n_free = row_sums(w * free, free)
-            saturated = BLOCK - n_free.to(tl.int32)
+            saturated = BLOCK - n_free
         else:
             if storing:
                 weight, saturated = _sweep(
@@ -545,32 +583,41 @@ def _forward(
                 )  # fmt: skip
         if PROGRAMS > 1:
             all1, counts, _, alive = exchange(
-                words_ptr, weight, saturated, weight, part, epoch, alive, False, COOPERATIVE, PROGRAMS, P_BLOCK, RING
+                words_ptr, weight, saturated.to(tl.int32), weight, part, epoch, alive, False, COOPERATIVE, PROGRAMS, P_BLOCK, RING
             )
             epoch += 1
             weight = tl.zeros_like(weight) + tl.sum(all1, 0)
-            saturated = tl.zeros_like(saturated) + tl.sum(counts, 0)
-        lo, low, high, done = _advance(
-            sweep, saturated, weight, inverse, k, n_inf, budget, inv_budget, safe_eps, lo, low, high, done, TOLERANCE
-        )
-        sweep += 1
+            saturated = tl.zeros([ROWS], tl.int32) + tl.sum(counts, 0)
+        unsaturated, count, residual, converged = _judge(saturated, weight, inverse, k, n_inf, budget, TOLERANCE)
+        last_residual = tl.where(done, last_residual, residual)
+        last_unsaturated = tl.where(done, last_unsaturated, unsaturated)
+        done = done | converged
         pending = _any(~done) & alive
-        if HELD:
-            far = ~done & (tl.abs(lo) * scale > DRIFT) & (hi + lo != hi)
-            if _any(far):
-                hi, lo, low, high = _recentre(hi, lo, low, high, far, COMPUTE)
-                x = load_tile(
-                    scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride,
-                    HAS_MASK, EVEN, COMPUTE,
-                )  # fmt: skip
-                w = _weights(x, hi, scale)
-        else:
-            step = tl.abs(lo - at) * scale
-            # lam is there if the last step, the free one of a converged row, would hardly move it: then it is not taken
-            stored_all = storing & ~pending & ~_any(step > TOLERANCE / 2)
-            lo = tl.where(stored_all, at, lo)
-            storing = ~special & ~_any(step > NEXT_TO_NOTHING)
-            hi, lo, low, high = _recentre(hi, lo, low, high, ~done, COMPUTE)
+        lam_is_stored = storing & ~pending
+        if pending:
+            lo, low, high = _advance(sweep, unsaturated, count, residual, inv_budget, safe_eps, lo, low, high, done, ROWS)
+            if HELD:
+                far = ~done & (tl.abs(lo) * scale > DRIFT) & (hi + lo != hi)
+                if _any(far):
+                    hi, lo, low, high = _recentre(hi, lo, low, high, far, COMPUTE)
+                    x = load_tile(
+                        scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride,
+                        HAS_MASK, EVEN, COMPUTE,
+                    )  # fmt: skip
+                    w = _weights(x, hi, scale)
+            else:
+                storing = ~special & ~_any(tl.abs(lo - at) * scale > NEXT_TO_NOTHING)
+                hi, lo, low, high = _recentre(hi, lo, low, high, ~done, COMPUTE)
+        sweep += 1
+
+    # the last step of a converged row is free, and only worth taking where the residual is small against U
+    polish = tl.abs(last_residual) <= TOLERANCE * last_unsaturated
+    step = tl.where(polish, safe_eps * last_residual * _reciprocal(tl.maximum(last_unsaturated, 1e-30)), 0.0)
+    if not HELD:
+        # where lam has been stored it would hardly move it, or lam is stored anew
+        lam_is_stored = lam_is_stored & ~_any(tl.abs(step) * scale > TOLERANCE / 2)
+        step = tl.where(lam_is_stored, 0.0, step)
+    lo += step
 
     # --- the answer
     stored = spread(live) & alive
@@ -588,7 +635,7 @@ def _forward(
             lam = _lam(x, hi, lo, scale, k)
             inside = stored if EVEN else stored & inside
             tl.store(lam_ptr + spread(rows * n_cols) + tile + narrow, lam.to(lam_ptr.dtype.element_ty), mask=inside)
-    elif not HELD and not stored_all:
+    elif not HELD and not lam_is_stored:
         _sweep(
             scores_ptr, mask_ptr, lam_ptr, rows, live & alive, start, end, n_cols, scores_stride, mask_stride,
             hi, scale, q, inverse, sweep, True, HAS_MASK, EVEN, COMPUTE, REPS, ROWS, LANES, VEC,
