@@ -179,7 +179,8 @@ def _per_thread(key: Key, words: int) -> int:
         return 16 if key.op == "coordinate_descent" or key.direction == "forward" else 8
     half, cells = key.dtype != "float32", key.rows * key.n
     # a row is spread over a few threads at least
-    few = max(key.n // (2 if half or key.direction == "forward" else 4), 1)
+    two = half or (key.op, key.direction) == ("coordinate_descent", "forward")
+    few = max(key.n // (2 if two else 4), 1)
     if key.op == "soft_topk":
         if key.direction == "backward":
             return min(8, few)
