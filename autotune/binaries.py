@@ -117,9 +117,7 @@ def proof_launches(op: str, dtype: str, n: int, forward: LaunchConfig, backward:
     # rows, length, whether masked, whether k (and eps) are tensors, whether a gradient is asked for
     forms = [
         (len(plain.rows), plain.n, False, False, True),
-        (1, plain.n, False, False, False),
         (len(full.rows), full.n, True, True, True),
-        (1, full.n, False, True, False),
         (len(full.rows), full.n + 3, True, True, False),
     ]
     with noted(processors) as launches:

@@ -806,8 +806,10 @@ def _alone(trial: Trial) -> Iterable[Finding]:
     case = trial.case
     if len(case.rows) == 1:
         return ()
-    one = slice(len(case.rows) - 1, len(case.rows))
     s, valid, k, eps, g = trial.inputs
+    # the last one, or the last that needs the mask of the others: alone it is launched as they are
+    row = max(np.flatnonzero(~valid.all(1)), default=len(case.rows) - 1)
+    one = slice(row, row + 1)
     lam = trial.lam(Inputs(s[one], valid[one], k[one], eps[one], g[one]), replace(case, rows=case.rows[one]))
     return _moved(trial, "row alone", lam, one)
 
