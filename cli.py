@@ -1045,6 +1045,9 @@ def _show_autotune(evidence: dict[str, Any], device: torch.device, path: Path) -
         yield f"\nGain over the default: {mean:.2f}x in the geometric mean of {len(keys)} keys; the default stays for {stays}."
     if evidence["resumed"]:
         yield f"Of these keys {evidence['resumed']} are from the interrupted run before."
+    if evidence["kept"]:
+        kept = _count(2 * evidence["kept"], "other entry", "other entries")
+        yield f"The proofs of {kept} hold, and they are as they were; --fresh searches them too."
     yield from _show_dropped(evidence)
     tuned = sum(1 for key in keys if key["config"])
     if not tuned:

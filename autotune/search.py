@@ -15,7 +15,11 @@ Timing is done by a process of its own (``timer.py``). Whatever cost time is in 
 interrupted run goes on where it was. Under torchrun the items are handed out to one process a GPU (``crew.py``).
 
 Where the output file has a choice for both directions of a group whose proofs do not hold any more, for the kernel or a version
-has changed, only that and the default are proved and timed; ``fresh`` looks at all candidates again.
+has changed, nothing is searched: only that and the default are proved and timed, all groups in one item. Groups whose proofs hold
+are then left as they are. ``fresh`` looks at all candidates again.
+
+A configuration serves all lengths down to the next key. So on a GPU it must not only beat the default at its key, but also not be
+slower at a length ``between`` this key and the next.
 """
 
 from __future__ import annotations
@@ -71,7 +75,7 @@ AT_A_TIME = 16
 ITEM = 24
 """Groups in an item, at most. They are proved together, while nothing is timed."""
 
-PROOF_PARTS = 7
+PROOF_PARTS = 5
 """Requests in which the launches of a proof are compiled, which are as many."""
 
 SURELY_FASTER = 0.98
@@ -79,6 +83,9 @@ SURELY_FASTER = 0.98
 
 SURPRISE = 1.1
 """Where the ratio of the last race is so many times that of the search, or the other way round, it is run again."""
+
+BETWEEN = 25
+"""Of how many 32nds of the key's length the rows are at which what is taken must not be slower than the default."""
 
 ALTERNATIVES = 3
 """How many further candidates of a direction are tried where a proof fails, before the default is left."""
@@ -94,6 +101,7 @@ class Plan:
         final_rounds: rounds of the last race.
         sample_us: how long one sample lasts at least, in microseconds.
         ask_seconds: no ask goes on for longer than this after its first round; on a GPU there is no need.
+        between: whether what is taken is raced at a length between the keys too.
     """
 
     search: strategies.Plan
@@ -101,11 +109,12 @@ class Plan:
     final_rounds: int
     sample_us: float
     ask_seconds: float | None = None
+    between: bool = False
 
 
 _PLANS = {
-    ("triton", "quick"): Plan(strategies.QUICK, 7, 25, 250.0),
-    ("triton", "full"): Plan(strategies.FULL, 9, 41, 300.0),
+    ("triton", "quick"): Plan(strategies.QUICK, 7, 25, 250.0, between=True),
+    ("triton", "full"): Plan(strategies.FULL, 9, 41, 300.0, between=True),
     ("cpu", "quick"): Plan(strategies.QUICK, 3, 15, 1500.0, 2.0),
     ("cpu", "full"): Plan(strategies.FULL, 5, 25, 3000.0, 6.0),
 }
@@ -329,12 +338,13 @@ class _Search:
         self.backend = devices.backend(device)
         self.plan = _PLANS[self.backend, effort]
         self.description, self.versions = devices.describe(device), devices.versions()
-        self.groups = groups
         self.workers = default_workers(self.backend) if workers is None else workers
         rank, ranks = (crew.rank, crew.world_size) if crew else (0, 1)
         fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
         self.journal = Journal(journal_path(path, rank), fingerprint, fresh, ranks)
         self.known = {} if fresh else store.outdated(path, self.backend)
+        self.kept = self._kept(groups)
+        self.groups = groups = [group for group in groups if group.label() not in self.kept]
         self.progress: Progress | None = None
         self.watch: Watch | None = None
         self.began = time.monotonic()
@@ -346,7 +356,9 @@ class _Search:
         self.out_of_time: list[Group] = []
         self.resumed = 0
         world = crew.world_size if crew else 1
-        size = 1 if self.backend == "cpu" else max(1, min(ITEM, math.ceil(len(groups) / (3 * world if world > 1 else 1))))
+        # nothing but proofs and last races: a proof of one group need not wait for the timing of another
+        most = len(groups) if all(map(self.chosen_before, groups)) else ITEM
+        size = 1 if self.backend == "cpu" else max(1, min(most, math.ceil(len(groups) / (3 * world if world > 1 else 1))))
         self.items = [groups[begin : begin + size] for begin in range(0, len(groups), size)]
         self.total, self.done = 4 * len(groups), 0
         self.compiling: dict[str, Future[Compiled]] = {}
@@ -355,6 +367,29 @@ class _Search:
         self.phases: Counter[str] = Counter()
         self.prepared: set[tuple[Any, ...]] = set()
         self.preparing: list[Future[Json | Failure]] = []
+
+    def _kept(self, groups: list[Group]) -> set[str]:
+        """Groups whose proofs hold while those of others do not: there is nothing to do for them.
+
+        What an interrupted run had kept is kept by the one that goes on with it, which may find no stale proof any more.
+        """
+        known = self.journal.get("kept", "")
+        if known is None and any(map(self.chosen_before, groups)):
+            with contextlib.suppress(OSError, store.InvalidFile):
+                usable = store.read(self.path).configs
+                known = [
+                    group.label()
+                    for group in groups
+                    if all(group.key(direction) in usable for direction in DIRECTIONS)
+                    and self.journal.get("group", group.label()) is None
+                ]
+                if known:
+                    self.journal.put("kept", "", known)
+        return set(known or ())
+
+    def chosen_before(self, group: Group) -> bool:
+        """Whether an earlier run has chosen for both directions, and only the proofs are stale."""
+        return all(group.key(direction) in self.known for direction in DIRECTIONS)
 
     # progress
 
@@ -455,14 +490,13 @@ class _Search:
 
     def track(self, group: Group, direction: str) -> Track:
         key = group.key(direction)
-        both = all(group.key(one) in self.known for one in DIRECTIONS)
-        return Track(key, kernel_config.heuristic(key, self.backend), self.known[key] if both else None)
+        known = self.known[key] if self.chosen_before(group) else None
+        return Track(key, kernel_config.heuristic(key, self.backend), known)
 
     def seeds(self, track: Track) -> list[LaunchConfig]:
         """Where a search begins, beside the default and the hints."""
         if track.known is not None:
-            # the segments are chosen on top
-            return [space.with_segments(track.known, track.default.checkpoint_segments)]
+            return [track.known]
         if self.hinted(track):
             return []
         return space.seeds(track.key, self.backend)
@@ -484,14 +518,10 @@ class _Search:
         return key._replace(dtype=self.groups[0].dtype)
 
     def space_of(self, track: Track) -> list[LaunchConfig]:
-        if track.known is not None:
-            return [track.default, *self.seeds(track)]
         return space.candidates(track.key, self.backend, self.effort if self.backend == "cpu" else "full")
 
     def hints(self, track: Track) -> list[LaunchConfig]:
         """What the nearest keys of the same operator and direction use, fitted to this key's length."""
-        if track.known is not None:
-            return []
         if self.hinted(track):
             found = self.found.get(self.first(track.key))
             return [] if found is None else [space.with_segments(found, track.default.checkpoint_segments)]
@@ -504,7 +534,7 @@ class _Search:
         """Compiles where the searches of an item will begin, then what the proofs launch that are likely to be needed, and then
         where the searches of the item begin that is likely to be the next here.
 
-        These are proofs of the defaults, or of what an earlier run has chosen.
+        These are proofs of the defaults. What an earlier run has chosen is proved by processes that compile for themselves.
         """
         if self.backend == "cpu":
             return
@@ -514,9 +544,8 @@ class _Search:
                 for track in tracks:
                     for config in dict.fromkeys([track.default, *self.seeds(track)]):
                         self.compile(track, config, priority)
-                if priority == 1:
-                    known = [track.known for track in tracks if track.known is not None]
-                    self.prepare_pair(group, known if len(known) == 2 else [track.default for track in tracks], 2)
+                if priority == 1 and not self.chosen_before(group):
+                    self.prepare_pair(group, [track.default for track in tracks], 2)
 
     def compile(self, track: Track, config: LaunchConfig, priority: int) -> Future[Compiled]:
         name = _candidate_name(track.key, config)
@@ -627,6 +656,11 @@ class _Search:
         """All asks of a group; leaves in each track what may be taken, the preferred first. Nothing where the default fails."""
         for direction, track in tracks.items():
             self.show(track, "searching", (None, None))
+            if track.known is not None:
+                track.ranked = [track.known]
+                self.show(track, "searched")
+                self.say(f"chosen before: {track.name}", 1)
+                continue
             hints = self.hints(track)
             plan = strategies.after(self.plan.search) if self.follows(track) else self.plan.search
             search = strategies.local_race(track.default, self.seeds(track), self.space_of(track), hints, plan)
@@ -635,16 +669,13 @@ class _Search:
                 track.ranked, track.ratios = found.ranked, found.ratios
             self.show(track, "searched")
             self.say(f"searched {track.name}", 1)
-        if all(track.ranked for track in tracks.values()):
+        if all(track.ranked and track.known is None for track in tracks.values()):
             yield from self.segments(group, tracks)
 
     def segments(self, group: Group, tracks: dict[str, Track]) -> Generator[tuple[str, Ask], Answer, None]:
         """Takes another number of checkpoint segments where forward and backward together gain by it."""
         base = tracks["forward"].default.checkpoint_segments
         counts: tuple[int | None, ...] = space.segment_choices(group.op, self.effort)
-        known = [track.known.checkpoint_segments for track in tracks.values() if track.known is not None]
-        if known:
-            counts = tuple(dict.fromkeys([base, *known]))
         if len(counts) < 2:
             return
         sums = dict.fromkeys(counts, 0.0)
@@ -722,9 +753,7 @@ class _Search:
                 self.journal.put("compiled", name, list(result))
             candidate = track.candidates.get(config)
             if candidate is None:
-                report = result.registers, result.spills, result.occupancy, result.seconds
-                candidate = Candidate(config, "timed", "", None, *report)
-                track.candidates[config] = candidate
+                candidate = self.candidate(track, config)
                 if result.status != "ok":
                     candidate.status, candidate.reason = result.status, result.reason
                 elif config.variant == "inductor" and hunt.deadline - time.monotonic() < COMPILE_SECONDS:
@@ -743,6 +772,26 @@ class _Search:
                 timed.append(config)
         return timed, alias
 
+    def compile_for_races(self, hunts: Iterable[Hunt]) -> list[Future[Compiled]]:
+        """Begins to compile what the last races are likely to time and no search has timed."""
+        found: list[Future[Compiled]] = []
+        for track in (track for hunt in hunts for track in hunt.tracks.values() if self.backend == "triton"):
+            configs = dict.fromkeys([track.default, *track.ranked[:1]])
+            if track.known is not None:
+                found += [self.compile(track, config, 1) for config in configs]
+            if len(configs) > 1 and self.plan.between:
+                found += [self.compile(self.beside(track), config, 1) for config in configs]
+        return found
+
+    def candidate(self, track: Track, config: LaunchConfig) -> Candidate:
+        """What is told of a candidate, made when it is looked at first, with what the compiler said where it was asked."""
+        if config not in track.candidates:
+            future = self.compiling.get(_candidate_name(track.key, config))
+            result = future.result() if future is not None and future.done() else Compiled("ok")
+            report = result.registers, result.spills, result.occupancy, result.seconds
+            track.candidates[config] = Candidate(config, "timed", "", None, *report)
+        return track.candidates[config]
+
     # 3. the proofs
 
     def finished(self, hunts: dict[str, Hunt]) -> dict[str, list[Json]]:
@@ -752,6 +801,7 @@ class _Search:
             for track in hunt.tracks.values():
                 self.show(track, "proving")
         self.say(f"proving {len(hunts)} groups")
+        compiles = self.compile_for_races(hunts.values())
         proving = {name: self.proofs(hunt) for name, hunt in hunts.items()}
         pairs: dict[str, _Pair] = {}
         pending: dict[Future[Json | Failure], tuple[str, str]] = {}
@@ -779,6 +829,7 @@ class _Search:
                 go_on(name, self.proved(text, future))
         while self.preparing:
             self.preparing.pop().cancel()  # what nobody has begun is not needed any more
+        wait(compiles)  # nothing is timed meanwhile
         self.spent("prove", begin)
         begin = time.monotonic()
         raced = {name: self.final(hunts[name], pair, "") for name, pair in pairs.items()}
@@ -834,8 +885,41 @@ class _Search:
         taken = {direction: self.beats(timed[direction], configs[direction], track.default) for direction, track in tracks.items()}
         if pair.one.checkpoint_segments != tracks["forward"].default.checkpoint_segments:
             # forward and backward have to agree on the segments: both are taken, or none is
-            taken = dict.fromkeys(taken, self.together(timed, tracks, pair))
+            ours, theirs = _sums(timed, tracks, pair)
+            taken = dict.fromkeys(taken, bool(ours) and strategies.beats(ours, theirs))
+            if taken["forward"] and self.plan.between:
+                between = {direction: self.race_beside(track, configs[direction], again) for direction, track in tracks.items()}
+                ours, theirs = _sums(between, tracks, pair)
+                taken = dict.fromkeys(taken, bool(ours) and not strategies.beats(theirs, ours))
+            return _Raced(timed, taken)
+        for direction, track in tracks.items():
+            if taken[direction]:
+                taken[direction] = self.holds_beside(track, configs[direction], again)
         return _Raced(timed, taken)
+
+    @staticmethod
+    def beside(track: Track) -> Track:
+        """The same direction at a length between this key and the next."""
+        return Track(track.key._replace(n=max(1, track.key.n * BETWEEN // 32)), track.default, None)
+
+    def race_beside(self, track: Track, config: LaunchConfig, again: str) -> dict[LaunchConfig, timing.Timed]:
+        """A race as the last one, at a length between the keys."""
+        beside = self.beside(track)
+        found = self.last_race(beside, config, again)
+        track.launches += beside.launches
+        return found
+
+    def holds_beside(self, track: Track, config: LaunchConfig, again: str) -> bool:
+        """Whether a configuration that beats the default at its key is not surely slower between the keys."""
+        if not self.plan.between:
+            return True
+        found = self.race_beside(track, config, again)
+        if self.beats(found, track.default, config) or config not in found:
+            ratio, n = _ratio(found, config, track.default), self.beside(track).key.n
+            said = "could not be timed" if ratio is None else f"takes {ratio:.3f} of the default's time"
+            track.drop(config, "slower between", f"{said} at rows of {n}")
+            return False
+        return True
 
     @staticmethod
     def proof_of(track: Track, direction: str, pair: _Pair, raced: _Raced) -> Proved | None:
@@ -915,6 +999,9 @@ class _Search:
             else:
                 track.launches += len(samples)
                 found[one] = timing.Timed(samples, method)
+                candidate = self.candidate(track, one)
+                if candidate.median_us is None:
+                    candidate.median_us = found[one].median_us
         return found
 
     @staticmethod
@@ -922,18 +1009,6 @@ class _Search:
         if config == default or config not in timed or default not in timed:
             return False
         return strategies.beats(timed[config].samples, timed[default].samples)
-
-    @staticmethod
-    def together(timed: dict[str, dict[LaunchConfig, timing.Timed]], tracks: dict[str, Track], pair: _Pair) -> bool:
-        """Whether the pair surely beats the defaults in the sum of both directions; one of them may be slower by itself."""
-        sums: list[list[float]] = []
-        for configs in ((pair.one, pair.two), (tracks["forward"].default, tracks["backward"].default)):
-            parts = [timed[direction].get(config) for direction, config in zip(DIRECTIONS, configs, strict=True)]
-            one, two = parts
-            if one is None or two is None:
-                return False
-            sums.append([a + b for a, b in zip(one.samples, two.samples, strict=False)])
-        return strategies.beats(sums[0], sums[1])
 
     # what is told
 
@@ -979,7 +1054,8 @@ class _Search:
             "workers": self.workers,
             "gpus": self.crew.world_size if self.crew else int(self.device.type == "cuda"),
             "resumed": self.resumed,
-            "reverified": sum(all(group.key(direction) in self.known for direction in DIRECTIONS) for group in self.groups),
+            "reverified": sum(map(self.chosen_before, self.groups)),
+            "kept": len(self.kept),
             "phases": {name: round(spent, 1) for name, spent in self.phases.items()},
             "launches": sum(key["launches"] for key in keys),
             "keys": keys,
@@ -1050,6 +1126,19 @@ def _ratio(timed: dict[LaunchConfig, timing.Timed], config: LaunchConfig, defaul
     if config not in timed or default not in timed:
         return None
     return timed[config].median_us / timed[default].median_us
+
+
+def _sums(
+    timed: dict[str, dict[LaunchConfig, timing.Timed]], tracks: dict[str, Track], pair: _Pair
+) -> tuple[list[float], list[float]]:
+    """The times of both directions together, sample by sample: of a pair, and of the defaults. Empty where one is not there."""
+    sums: list[list[float]] = []
+    for configs in ((pair.one, pair.two), (tracks["forward"].default, tracks["backward"].default)):
+        one, two = (timed[direction].get(config) for direction, config in zip(DIRECTIONS, configs, strict=True))
+        if one is None or two is None:
+            return [], []
+        sums.append([a + b for a, b in zip(one.samples, two.samples, strict=False)])
+    return sums[0], sums[1]
 
 
 def _few(track: Track) -> list[LaunchConfig]:

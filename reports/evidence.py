@@ -155,7 +155,7 @@ _FAILURE = {
 _TUNED = {"key": OBJECT, "config": MAYBE_OBJECT, "timing": MAYBE_OBJECT, "gain": MAYBE_NUMBER, "candidates": LIST}
 _TIMING = {"median_us": NUMBER, "ci_us": INTERVAL, "default_us": NUMBER, "samples": WHOLE, "method": TEXT}
 _CANDIDATE = {"status": TEXT, "reason": TEXT}
-_SEARCHED = {"groups": MAYBE_WHOLE, "workers": MAYBE_WHOLE, "gpus": MAYBE_WHOLE, "reverified": MAYBE_WHOLE}
+_SEARCHED = {"groups": MAYBE_WHOLE, "workers": MAYBE_WHOLE, "gpus": MAYBE_WHOLE, "reverified": MAYBE_WHOLE, "kept": MAYBE_WHOLE}
 """What autotune.json may say of the search; a file from before it did has none."""
 
 _CONFIG = {

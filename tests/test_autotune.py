@@ -406,6 +406,76 @@ def test_what_was_chosen_before_is_verified_and_timed_again_beside_the_default(q
     assert chosen not in [LaunchConfig.from_json(candidate["config"]) for candidate in afresh]
 
 
+def made_stale(path, labels) -> None:
+    """The file with proofs of another kernel in the groups of these labels."""
+    data = json.loads(path.read_text())
+    for entry in data["entries"]:
+        if f"{entry['key']['op']} {entry['key']['dtype']} {entry['key']['rows']}x{entry['key']['n']}" in labels:
+            entry["proof"]["kernel_sha256"] = "0" * 64
+    path.write_text(json.dumps(data))
+
+
+def test_groups_whose_proofs_hold_are_left_while_those_of_others_do_not(quick, speeds, rows):
+    known, noted = speeds
+    rows(1, 2)
+    known |= {1: 5.0}
+    assert len(SMALL) == 2 and chosen(run()) == [1] * 4
+    before = json.loads(quick.read_text())["entries"]
+    made_stale(quick, {SMALL[1].label()})
+    noted.clear()
+    again = run()
+    assert (again["kept"], again["reverified"], len(again["keys"])) == (1, 1, 2)
+    # nothing is searched: a last race in each direction, of what was chosen and the default
+    assert {(config.rows_per_program == 1, count) for _, config, count in noted} == {(True, 7), (False, 7)} and len(noted) == 4
+    after = json.loads(quick.read_text())["entries"]
+    assert [entry["config"] for entry in after] == [entry["config"] for entry in before]
+    kept = [(old, new) for old, new in zip(before, after, strict=True) if old["key"]["op"] == SMALL[0].op]
+    assert kept and all(old == new for old, new in kept)
+    assert run()["kept"] == 0  # all hold: all are searched
+    made_stale(quick, {SMALL[1].label()})
+    assert run(fresh=True)["kept"] == 0
+
+
+def test_what_was_kept_is_kept_by_the_run_that_goes_on_with_an_interrupted_one(quick, speeds, monkeypatch):
+    run()
+    made_stale(quick, {SMALL[1].label()})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(journal.Journal, "remove", interrupt)
+        run()  # after the last proof is in the file
+    assert not store.outdated(quick, "cpu")
+    again = run()
+    assert (again["kept"], again["resumed"], len(again["keys"])) == (1, 2, 2)
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("there", "taken"), [(9.0, True), (10.0, True), (11.0, False), (-1.0, False)])
+def test_what_is_slower_between_the_keys_is_not_taken(quick, rows, monkeypatch, there, taken):
+    """At its key a candidate takes half of the default's 10 us; between this key and the next the default takes 10 us too."""
+    rows(1)
+    monkeypatch.setitem(search._PLANS, ("cpu", "quick"), replace(search._PLANS["cpu", "quick"], between=True))
+    lengths = {search._Search.beside(search.Track(SMALL[0].key(way), None, None)).key.n for way in ("forward", "backward")}
+    assert lengths == {SMALL[0].n * 25 // 32}
+    between = [f"x{n}" for n in lengths]
+
+    def sample(self, name, configs, rounds, seconds=None):
+        own = there if name.endswith(between[0]) else 5.0
+        times = {config: own if config.rows_per_program == 1 else 10.0 for config in configs}
+        fails = {config: worker.Failure("hangs", "for ever") for config, time in times.items() if time < 0}
+        return {config: [time] * rounds for config, time in times.items() if time > 0}, fails
+
+    monkeypatch.setattr(timer.Timer, "sample", sample)
+    result = run(groups=SMALL[:1])
+    assert (chosen(result) == [1, 1]) == taken
+    for key in result["keys"]:
+        ours = next(one for one in key["candidates"] if one["config"]["rows_per_program"] == 1)
+        assert ours["status"] == ("timed" if taken else "slower between"), ours
+        assert taken or f"at rows of {SMALL[0].n * 25 // 32}" in ours["reason"]
+    assert result["dropped"] == ({} if taken else {"slower between": 2})
+
+
 def test_the_fastest_is_taken_where_its_proof_holds_and_else_the_next(quick, speeds, rows, monkeypatch):
     known, _ = speeds
     rows(1, 2, 3)

@@ -290,6 +290,7 @@ def evidence(*keys: dict, **changes: object) -> dict:
         "effort": "quick",
         "file": "x.json",
         "resumed": 0,
+        "kept": 0,
         "keys": list(keys),
         "dropped": {},
         "geometric_mean_gain": 1.25 if keys else None,
@@ -303,7 +304,7 @@ def test_autotune_shows_what_was_tuned_and_how_to_see_what_serves(run, monkeypat
         asked.update(device=device, effort=effort, output=output, fresh=fresh)
         progress(4, 1, "timing something", 12.0)
         watch(search.KeyStatus(Key(**tuned()["key"]), "tuned", 40.0, 1.25))
-        return evidence(tuned(), tuned("backward"), resumed=2)
+        return evidence(tuned(), tuned("backward"), resumed=2, kept=3)
 
     monkeypatch.setattr(search, "run", fake)
     status, out, err = run("autotune", "--device", "cpu", "--effort", "full", "--fresh", "--json", "deep/evidence.json")
@@ -315,11 +316,12 @@ def test_autotune_shows_what_was_tuned_and_how_to_see_what_serves(run, monkeypat
     assert row.split() == ["forward", "float32", "256x512", "50.00", "40.00", "1.25x", "eager", "rows=64", "segments=4"]
     assert f"Wrote 2 entries: {path}\n" in out
     assert "Of these keys 2 are from the interrupted run before." in out
+    assert "The proofs of 6 other entries hold, and they are as they were; --fresh searches them too." in out
     assert "coordroute configs --device cpu --explain 256x512 --dtype float32" in out
     assert "do not search there" not in out
     written = json.loads(Path("deep/evidence.json").read_text())
     assert written.pop("lookup") is not None
-    assert written == evidence(tuned(), tuned("backward"), resumed=2)
+    assert written == evidence(tuned(), tuned("backward"), resumed=2, kept=3)
 
 
 def test_autotune_says_what_was_dropped_and_why_and_that_lookups_do_not_see_the_file(run, monkeypatch):
