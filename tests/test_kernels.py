@@ -713,6 +713,13 @@ def test_rows_that_share_a_program_need_no_more_sweeps() -> None:
 # --- rows that are re-read -------------------------------------------------------------------------------------------
 
 
+def test_lam_is_stored_where_the_last_sweep_did_not() -> None:
+    """At a wide temperature one long step ends at the root: the sweep that finds so has not stored lam, for it was not expected."""
+    p = Problem("soft_topk", 160, rows_of(*["normal"] * 8), eps=1.0)
+    check(p, tiled(32))
+    check(replace(p, eps=5.0), tiled(32))
+
+
 def unlike_its_beginning(kind: str) -> torch.Tensor:
     """Four rows of 160 scores of which the first tile tells little, or nothing."""
     s = torch.randn(4, 160, generator=torch.Generator().manual_seed(3)).to(DEVICE)
