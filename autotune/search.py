@@ -19,7 +19,7 @@ has changed, nothing is searched: only that and the default are proved and timed
 are then left as they are. ``fresh`` looks at all candidates again.
 
 A configuration serves all lengths down to the next key. So on a GPU it must not only beat the default at its key, but also not be
-slower at a length ``between`` this key and the next.
+slower at a length between this key and the next.
 """
 
 from __future__ import annotations

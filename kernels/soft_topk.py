@@ -211,7 +211,8 @@ def _advance(sweep, unsaturated, count, residual, inv_budget, eps, lo, low, high
         # far from there the approximant is of no use
         inside = inside & (ratio > -0.95)
     bisect = ~inside | ((sweep >= PATIENCE) & (sweep % 2 == 1))
-    target = tl.where(bisect, 0.5 * low + 0.5 * high, target)
+    # a bound may be beyond what the type holds
+    target = tl.where(bisect, 0.5 * tl.maximum(low, -1e38) + 0.5 * tl.minimum(high, 1e38), target)
     return tl.where(done, lo, target), low, high
 
 

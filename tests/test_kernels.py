@@ -710,6 +710,17 @@ def test_rows_that_share_a_program_need_no_more_sweeps() -> None:
     assert beside.sum() < alone.sum() and beside.max() <= alone.max() + 2, (alone.tolist(), beside.tolist())
 
 
+@pytest.mark.parametrize("config", [resident(20), resident(20, rows=2), tiled(16)])
+def test_a_bracket_wider_than_the_type_is_halved_all_the_same(config: LaunchConfig) -> None:
+    """Scores whose differences are just finite: a bound of the bracket, with what rounding may have moved it by, is not.
+
+    A solver that halved an infinite bracket did all its sweeps and gave NaN.
+    """
+    s = torch.tensor([[1.6e38] * 10 + [-1.6e38] * 10], device=DEVICE)
+    lam, _ = soft_topk.soft_topk_forward(s, 5.0, 0.03, None, config)
+    assert torch.equal(lam, torch.tensor([[0.5] * 10 + [0.0] * 10], device=DEVICE))
+
+
 # --- rows that are re-read -------------------------------------------------------------------------------------------
 
 
