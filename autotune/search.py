@@ -18,8 +18,8 @@ Where the output file has a choice for both directions of a group whose proofs d
 has changed, nothing is searched: only that and the default are proved and timed, all groups in one item. Groups whose proofs hold
 are then left as they are. ``fresh`` looks at all candidates again.
 
-A configuration serves all lengths down to the next key. So on a GPU it must not only beat the default at its key, but also not be
-slower at a length between this key and the next.
+A configuration serves all lengths down to the next key. So on a GPU what beats the default at its key is raced at a length between
+this key and the next too, and is not taken if it loses more there than it gains at its key.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ SURPRISE = 1.1
 """Where the ratio of the last race is so many times that of the search, or the other way round, it is run again."""
 
 BETWEEN = 25
-"""Of how many 32nds of the key's length the rows are at which what is taken must not be slower than the default."""
+"""Of how many 32nds of the key's length the rows are at which what is taken must not lose more than it gains at its key."""
 
 ALTERNATIVES = 3
 """How many further candidates of a direction are tried where a proof fails, before the default is left."""
@@ -773,14 +773,11 @@ class _Search:
         return timed, alias
 
     def compile_for_races(self, hunts: Iterable[Hunt]) -> list[Future[Compiled]]:
-        """Begins to compile what the last races are likely to time and no search has timed."""
+        """Begins to compile what the last races time and no search has timed."""
         found: list[Future[Compiled]] = []
         for track in (track for hunt in hunts for track in hunt.tracks.values() if self.backend == "triton"):
-            configs = dict.fromkeys([track.default, *track.ranked[:1]])
             if track.known is not None:
-                found += [self.compile(track, config, 1) for config in configs]
-            if len(configs) > 1 and self.plan.between:
-                found += [self.compile(self.beside(track), config, 1) for config in configs]
+                found += [self.compile(track, config, 1) for config in dict.fromkeys([track.default, track.known])]
         return found
 
     def candidate(self, track: Track, config: LaunchConfig) -> Candidate:
@@ -832,12 +829,12 @@ class _Search:
         wait(compiles)  # nothing is timed meanwhile
         self.spent("prove", begin)
         begin = time.monotonic()
-        raced = {name: self.final(hunts[name], pair, "") for name, pair in pairs.items()}
+        raced = self.raced(hunts, pairs, "")
         # where a default is to be shipped after all it is proved first, and then timed again
         late = {name: self.late_proof(hunts[name]) for name, pair in pairs.items() if self.unproved(hunts[name], pair, raced[name])}
         for name, default in [(name, proof()) for name, proof in late.items()]:  # nothing is timed before all have ended
             pairs[name] = pairs[name]._replace(default=default)
-            raced[name] = self.final(hunts[name], pairs[name], " again")
+        raced |= self.raced(hunts, {name: pairs[name] for name in late}, " again")
         found = {name: self.settled(hunts[name], pair, raced[name]) for name, pair in pairs.items()}
         self.spent("last race", begin)
         return found
@@ -878,48 +875,68 @@ class _Search:
 
     # 4. the last race
 
+    def raced(self, hunts: dict[str, Hunt], pairs: dict[str, _Pair], again: str) -> dict[str, _Raced]:
+        """Races of what was chosen in some groups and the defaults; first all at the keys, then what won there between them."""
+        found = {name: self.final(hunts[name], pair, again) for name, pair in pairs.items()}
+        won = {name: self.doubtful(hunts[name], raced) for name, raced in found.items()}
+        compiles = [
+            self.compile(self.beside(track), config, 0)
+            for name, tracks in won.items()
+            for direction, track in tracks.items()
+            for config in (track.default, pairs[name].configs()[direction])
+        ]
+        wait(compiles)  # nothing is timed meanwhile
+        return {name: self.held(hunts[name], pairs[name], raced, won[name], again) for name, raced in found.items()}
+
     def final(self, hunt: Hunt, pair: _Pair, again: str) -> _Raced:
-        """A race of what was chosen and the default, on fresh samples."""
+        """A race of what was chosen and the default at the key, on fresh samples."""
         tracks, configs = hunt.tracks, pair.configs()
         timed = {direction: self.settled_race(track, configs[direction], again) for direction, track in tracks.items()}
         taken = {direction: self.beats(timed[direction], configs[direction], track.default) for direction, track in tracks.items()}
-        if pair.one.checkpoint_segments != tracks["forward"].default.checkpoint_segments:
-            # forward and backward have to agree on the segments: both are taken, or none is
+        if self.other_segments(hunt, pair):
             ours, theirs = _sums(timed, tracks, pair)
             taken = dict.fromkeys(taken, bool(ours) and strategies.beats(ours, theirs))
-            if taken["forward"] and self.plan.between:
-                between = {direction: self.race_beside(track, configs[direction], again) for direction, track in tracks.items()}
-                ours, theirs = _sums(between, tracks, pair)
-                taken = dict.fromkeys(taken, bool(ours) and not strategies.beats(theirs, ours))
-            return _Raced(timed, taken)
-        for direction, track in tracks.items():
-            if taken[direction]:
-                taken[direction] = self.holds_beside(track, configs[direction], again)
         return _Raced(timed, taken)
+
+    @staticmethod
+    def other_segments(hunt: Hunt, pair: _Pair) -> bool:
+        """Whether forward and backward have to agree on another number of segments: both are taken, or none is."""
+        return pair.one.checkpoint_segments != hunt.tracks["forward"].default.checkpoint_segments
+
+    def doubtful(self, hunt: Hunt, raced: _Raced) -> dict[str, Track]:
+        """The directions in which what won is raced between the keys too; not what an earlier run has chosen."""
+        if not self.plan.between:
+            return {}
+        return {direction: track for direction, track in hunt.tracks.items() if raced.taken[direction] and track.known is None}
+
+    def held(self, hunt: Hunt, pair: _Pair, raced: _Raced, won: dict[str, Track], again: str) -> _Raced:
+        """What is still taken after a race between the keys: what does not surely lose more there than it gains at its key."""
+        configs = pair.configs()
+        between = {direction: self.last_race(self.beside(track), configs[direction], again) for direction, track in won.items()}
+        for direction, track in won.items():
+            track.launches += sum(len(one.samples) for one in between[direction].values())
+        if won and self.other_segments(hunt, pair):
+            holds = dict.fromkeys(won, _holds(_sums(raced.timed, hunt.tracks, pair), _sums(between, hunt.tracks, pair)))
+        else:
+            samples = {
+                direction: [
+                    [one[config].samples if config in one else [] for config in (configs[direction], track.default)]
+                    for one in (raced.timed[direction], between[direction])
+                ]
+                for direction, track in won.items()
+            }
+            holds = {direction: _holds(*both) for direction, both in samples.items()}
+        for direction, track in won.items():
+            if not holds[direction]:
+                ratio, n = _ratio(between[direction], configs[direction], track.default), self.beside(track).key.n
+                said = "could not be timed" if ratio is None else f"takes {ratio:.3f} of the default's time"
+                track.drop(configs[direction], "slower between", f"{said} at rows of {n}")
+        return raced._replace(taken=raced.taken | {direction: holds[direction] for direction in won})
 
     @staticmethod
     def beside(track: Track) -> Track:
         """The same direction at a length between this key and the next."""
         return Track(track.key._replace(n=max(1, track.key.n * BETWEEN // 32)), track.default, None)
-
-    def race_beside(self, track: Track, config: LaunchConfig, again: str) -> dict[LaunchConfig, timing.Timed]:
-        """A race as the last one, at a length between the keys."""
-        beside = self.beside(track)
-        found = self.last_race(beside, config, again)
-        track.launches += beside.launches
-        return found
-
-    def holds_beside(self, track: Track, config: LaunchConfig, again: str) -> bool:
-        """Whether a configuration that beats the default at its key is not surely slower between the keys."""
-        if not self.plan.between:
-            return True
-        found = self.race_beside(track, config, again)
-        if self.beats(found, track.default, config) or config not in found:
-            ratio, n = _ratio(found, config, track.default), self.beside(track).key.n
-            said = "could not be timed" if ratio is None else f"takes {ratio:.3f} of the default's time"
-            track.drop(config, "slower between", f"{said} at rows of {n}")
-            return False
-        return True
 
     @staticmethod
     def proof_of(track: Track, direction: str, pair: _Pair, raced: _Raced) -> Proved | None:
@@ -1139,6 +1156,15 @@ def _sums(
             return [], []
         sums.append([a + b for a, b in zip(one.samples, two.samples, strict=False)])
     return sums[0], sums[1]
+
+
+def _holds(at_key: Sequence[Sequence[float]], between: Sequence[Sequence[float]]) -> bool:
+    """Whether ours does not surely lose more between the keys than it gains at its key; each (ours, the default's), paired."""
+    (ours, theirs), (own, default) = at_key, between
+    if not own or not default:
+        return False
+    gain = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return not strategies.beats(default, [gain * us for us in own])
 
 
 def _few(track: Track) -> list[LaunchConfig]:

@@ -451,8 +451,8 @@ def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("there", "taken"), [(9.0, True), (10.0, True), (11.0, False), (-1.0, False)])
-def test_what_is_slower_between_the_keys_is_not_taken(quick, rows, monkeypatch, there, taken):
+@pytest.mark.parametrize(("there", "taken"), [(10.0, True), (19.0, True), (21.0, False), (-1.0, False)])
+def test_what_loses_more_between_the_keys_than_it_gains_at_its_key_is_not_taken(quick, rows, monkeypatch, there, taken):
     """At its key a candidate takes half of the default's 10 us; between this key and the next the default takes 10 us too."""
     rows(1)
     monkeypatch.setitem(search._PLANS, ("cpu", "quick"), replace(search._PLANS["cpu", "quick"], between=True))
