@@ -19,7 +19,7 @@ has changed, nothing is searched: only that and the default are proved and timed
 are then left as they are. ``fresh`` looks at all candidates again.
 
 A configuration serves all lengths down to the next key. So on a GPU what beats the default at its key is raced at a length between
-this key and the next too, and is not taken if it loses more there than it gains at its key.
+this key and the next too, and is not taken if it loses more there than it gains at its key; not again what was chosen before.
 """
 
 from __future__ import annotations

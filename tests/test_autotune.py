@@ -474,6 +474,10 @@ def test_what_loses_more_between_the_keys_than_it_gains_at_its_key_is_not_taken(
         assert ours["status"] == ("timed" if taken else "slower between"), ours
         assert taken or f"at rows of {SMALL[0].n * 25 // 32}" in ours["reason"]
     assert result["dropped"] == ({} if taken else {"slower between": 2})
+    if taken:  # what was chosen before is not raced there again
+        made_stale(quick, {SMALL[0].label()})
+        there = -1.0
+        assert chosen(run(groups=SMALL[:1])) == [1, 1]
 
 
 def test_the_fastest_is_taken_where_its_proof_holds_and_else_the_next(quick, speeds, rows, monkeypatch):
