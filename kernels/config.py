@@ -155,8 +155,14 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
         rows, warps = 2 * rows, 2
     # a thread that iterates on many scores takes so many registers that few programs run side by side
     held = rows * key.n // (32 * warps)
-    limited = held == 32 if key.direction == "backward" else 32 <= held <= 64 and key.rows >= 64
-    limit = 128 if key.op == "coordinate_descent" and words == 1 and limited else 0
+    if (key.op, key.direction) == ("soft_topk", "forward"):
+        # where one register more would halve them, which it does at lengths that are no power of two
+        limited = held == 64 and warps == 8 and key.rows > PROCESSORS
+    elif key.op == "coordinate_descent":
+        limited = held == 32 if key.direction == "backward" else 32 <= held <= 64 and key.rows >= 64
+    else:
+        limited = False
+    limit = 128 if words == 1 and limited else 0
     return LaunchConfig("resident", key.n, rows, warps, 1, segments, max_registers=limit)
 
 
