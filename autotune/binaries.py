@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -83,17 +84,14 @@ def compiled(device: torch.device, key: Key, config: LaunchConfig, is_default: b
     return found
 
 
-def prepare(
-    device: torch.device, op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig, part: int = 0, parts: int = 1
-) -> int:
-    """Compiles what a proof of the pair launches, so that it finds it in Triton's cache. Nothing runs on the GPU.
+def prepare(device: torch.device, op: str, dtype: str, n: int, direction: str, config: LaunchConfig, form: int) -> int:
+    """Compiles what a proof launches of one direction in one form, so that it finds it in Triton's cache. Nothing runs on the GPU.
 
     Args:
         device: what is compiled for.
-        op, dtype, n: of the key.
-        forward: configuration of the forward kernel.
-        backward: configuration of the backward kernel.
-        part, parts: only every so manieth launch, from this one on: for several processes to share the work.
+        op, dtype, n, direction: of the key.
+        config: the configuration of that direction.
+        form: which of the :data:`FORMS` of the direction.
 
     Returns:
         How many launches were compiled; 0 on a CPU.
@@ -101,43 +99,52 @@ def prepare(
     if device.type != "cuda":
         return 0
     with torch.cuda.device(device):
-        found = proof_launches(op, dtype, n, forward, backward, _processors(device))[part::parts]
+        found = proof_launches(op, dtype, n, direction, config, _processors(device))[form]
         for function, grid, arguments, passed in found:
             function.warmup(*arguments, grid=grid, **passed)
     return len(found)
 
 
-def proof_launches(op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig, processors: int) -> list[Noted]:
-    """The kinds of launches of a proof (``reference.cases.proof_cases`` and its properties), on tensors that hold nothing."""
+FORMS = {"forward": 3, "backward": 2}
+"""In how many forms a proof launches each direction: plain; masked, with k (and eps) as tensors; and so at another length."""
+
+
+def proof_launches(op: str, dtype: str, n: int, direction: str, config: LaunchConfig, processors: int) -> list[list[Noted]]:
+    """What a proof (``reference.cases.proof_cases`` and its properties) launches of a direction in each form, on tensors that
+    hold nothing. The other direction's configuration has no part in it.
+    """
     from ..kernels.aot import noted
     from ..reference.cases import proof_cases
 
-    kernels, exact = raw(op, "triton"), op == "soft_topk"
+    kernels, exact, is_backward = raw(op, "triton"), op == "soft_topk", direction == "backward"
     plain, full = proof_cases(op, dtype, n, 0)
-    # rows, length, whether masked, whether k (and eps) are tensors, whether a gradient is asked for
-    forms = [
-        (len(plain.rows), plain.n, False, False, True),
-        (len(full.rows), full.n, True, True, True),
-        (len(full.rows), full.n + 3, True, True, False),
-    ]
-    with noted(processors) as launches:
-        for rows, length, masked, tensors, gradient in forms:
-            scores = torch.empty((rows, length), dtype=getattr(torch, dtype), device="meta")
-            per_row = torch.empty(rows, dtype=compute_dtype(scores.dtype), device="meta")
-            mask = torch.empty((rows, length), dtype=torch.bool, device="meta") if masked else None
-            k: Any = per_row if tensors else 1.0
+    # rows, length, whether masked and with k (and eps) as tensors
+    forms = [(len(plain.rows), plain.n, False), (len(full.rows), full.n, True), (len(full.rows), full.n + 3, True)]
+    found: list[list[Noted]] = []
+    for rows, length, masked in forms[: FORMS[direction]]:
+        forward = config
+        if is_backward:
+            key = Key(op, "forward", dtype, kernel_config.bucket_rows(rows), kernel_config.bucket_n(length))
+            forward = replace(kernel_config.heuristic(key, "triton"), checkpoint_segments=config.checkpoint_segments)
+        scores = torch.empty((rows, length), dtype=getattr(torch, dtype), device="meta")
+        per_row = torch.empty(rows, dtype=compute_dtype(scores.dtype), device="meta")
+        mask = torch.empty((rows, length), dtype=torch.bool, device="meta") if masked else None
+        k: Any = per_row if masked else 1.0
+        schedule = (PUBLISHED.n_iters, PUBLISHED.eps, PUBLISHED.eps_init, PUBLISHED.eps_decay, masked)
+        with noted(processors) as launches:
             if exact:
-                eps: Any = per_row if tensors else 1.0
-                _, saved = kernels.forward(scores, k, eps, mask, forward)
-                if gradient:
-                    kernels.backward(scores, scores, saved, eps, mask, backward)
-                continue
-            schedule = (PUBLISHED.n_iters, PUBLISHED.eps, PUBLISHED.eps_init, PUBLISHED.eps_decay, tensors)
-            segments = kernel_config.scale_segments(forward, PUBLISHED.n_iters)
-            _, saved = kernels.forward(scores, k, mask, *schedule, segments, forward)
-            if gradient:
-                kernels.backward(scores, scores, saved, k, mask, *schedule, backward)
-        return list(launches)
+                _, saved = kernels.forward(scores, k, k, mask, forward)
+            else:
+                segments = kernel_config.scale_segments(forward, PUBLISHED.n_iters)
+                _, saved = kernels.forward(scores, k, mask, *schedule, segments, forward)
+            if is_backward:
+                launches.clear()
+                if exact:
+                    kernels.backward(scores, scores, saved, k, mask, config)
+                else:
+                    kernels.backward(scores, scores, saved, k, mask, *schedule, config)
+            found.append(list(launches))
+    return found
 
 
 def _processors(device: torch.device) -> int:

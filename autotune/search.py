@@ -15,8 +15,8 @@ Timing is done by a process of its own (``timer.py``). Whatever cost time is in 
 interrupted run goes on where it was. Under torchrun the items are handed out to one process a GPU (``crew.py``).
 
 Where the output file has a choice for both directions of a group whose proofs do not hold any more, for the kernel or a version
-has changed, nothing is searched: only that and the default are proved and timed, all groups in one item. Groups whose proofs hold
-are then left as they are. ``fresh`` looks at all candidates again.
+has changed, nothing is searched: only that and the default are proved and timed, while what the next items launch is compiled.
+Groups whose proofs hold are then left as they are. ``fresh`` looks at all candidates again.
 
 A configuration serves all lengths down to the next key. So on a GPU what beats the default at its key is raced at a length between
 this key and the next too, and is not taken if it loses more there than it gains at its key; not again what was chosen before.
@@ -31,12 +31,12 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -44,7 +44,7 @@ from ..kernels import config as kernel_config
 from ..kernels.config import DIRECTIONS, Key, LaunchConfig
 from . import device as devices
 from . import space, store, strategies, timing
-from .binaries import Compiled
+from .binaries import FORMS, Compiled
 from .crew import Crew
 from .fingerprint import kernel_sha256
 from .journal import Journal, journal_path
@@ -53,6 +53,8 @@ from .space import Group
 from .strategies import Answer, Ask, Found
 from .timer import Timer, processes
 from .worker import PROGRAM, WARM, Failure, Inline, Json, Pool, compile_request, prepare_request, prove_request
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int, str, float | None], None]
 """Called with (total, done, text, seconds left or None)."""
@@ -75,8 +77,8 @@ AT_A_TIME = 16
 ITEM = 24
 """Groups in an item, at most. They are proved together, while nothing is timed."""
 
-PROOF_PARTS = 5
-"""Requests in which the launches of a proof are compiled, which are as many."""
+SPARE = 2
+"""The priority of compiling what may not be needed; what is waited for has less, what later items need has more."""
 
 SURELY_FASTER = 0.98
 """Where both directions are below this share of the default's time, the default is not proved unless it is taken after all."""
@@ -356,17 +358,14 @@ class _Search:
         self.out_of_time: list[Group] = []
         self.resumed = 0
         world = crew.world_size if crew else 1
-        # nothing but proofs and last races: a proof of one group need not wait for the timing of another
-        most = len(groups) if all(map(self.chosen_before, groups)) else ITEM
-        size = 1 if self.backend == "cpu" else max(1, min(most, math.ceil(len(groups) / (3 * world if world > 1 else 1))))
+        size = 1 if self.backend == "cpu" else max(1, min(ITEM, math.ceil(len(groups) / (3 * world if world > 1 else 1))))
         self.items = [groups[begin : begin + size] for begin in range(0, len(groups), size)]
         self.total, self.done = 4 * len(groups), 0
         self.compiling: dict[str, Future[Compiled]] = {}
         self.chosen: dict[Key, LaunchConfig] = {}
         self.found: dict[Key, LaunchConfig] = {}
         self.phases: Counter[str] = Counter()
-        self.prepared: set[tuple[Any, ...]] = set()
-        self.preparing: list[Future[Json | Failure]] = []
+        self.prepared: dict[str, tuple[int, Future[Json | Failure]]] = {}
 
     def _kept(self, groups: list[Group]) -> set[str]:
         """Groups whose proofs hold while those of others do not: there is nothing to do for them.
@@ -532,20 +531,26 @@ class _Search:
 
     def ahead(self, position: int, step: int) -> None:
         """Compiles where the searches of an item will begin, then what the proofs launch that are likely to be needed, and then
-        where the searches of the item begin that is likely to be the next here.
+        the same for the items that are likely to be the next here.
 
-        These are proofs of the defaults. What an earlier run has chosen is proved by processes that compile for themselves.
+        Where there is nothing to search these are the proofs of what an earlier run has chosen, of two further items; else those of
+        the defaults, of no further one.
         """
         if self.backend == "cpu":
             return
-        for priority, items in ((1, self.items[position : position + 1]), (3, self.items[position + step : position + step + 1])):
-            for group in (one for item in items for one in item if self.journal.get("group", one.label()) is None):
+        for priority, at in ((1, position), (3, position + step), (4, position + 2 * step)):
+            for group in self.items[at] if at < len(self.items) else ():
+                before = self.chosen_before(group)
+                if self.journal.get("group", group.label()) is not None or (priority == 4 and not before):
+                    continue
                 tracks = [self.track(group, direction) for direction in DIRECTIONS]
                 for track in tracks:
                     for config in dict.fromkeys([track.default, *self.seeds(track)]):
                         self.compile(track, config, priority)
-                if priority == 1 and not self.chosen_before(group):
-                    self.prepare_pair(group, [track.default for track in tracks], 2)
+                if before:
+                    self.prepare_pair(group, [track.known for track in tracks if track.known is not None], priority)
+                elif priority == 1:
+                    self.prepare_pair(group, [track.default for track in tracks], SPARE)
 
     def compile(self, track: Track, config: LaunchConfig, priority: int) -> Future[Compiled]:
         name = _candidate_name(track.key, config)
@@ -611,15 +616,24 @@ class _Search:
         if all(track.ranked for track in tracks):
             self.prepare_pair(hunt.group, [track.ranked[0] for track in tracks], 1)
 
-    def prepare_pair(self, group: Group, pair: Sequence[LaunchConfig], priority: int) -> None:
-        """In parts, so that what is asked for meanwhile does not wait long for a process."""
-        if self.backend == "cpu" or self.workers == 0 or (group, *pair) in self.prepared:
-            return
-        self.prepared.add((group, *pair))
-        forward, backward = pair
-        for part in range(PROOF_PARTS):
-            request = prepare_request(group.op, group.dtype, group.n, forward, backward, part, PROOF_PARTS)
-            self.preparing.append(self.pool.submit(request, priority))
+    def prepare_pair(self, group: Group, pair: Sequence[LaunchConfig], priority: int) -> list[Future[Json | Failure]]:
+        """Compiles what the proof of a pair launches, each form of each direction once: keys of one length share them.
+
+        What is asked for more urgently than before, and not begun, goes to the front.
+        """
+        found: list[Future[Json | Failure]] = []
+        if self.backend == "cpu" or self.workers == 0:
+            return found
+        for direction, config in zip(DIRECTIONS, pair, strict=True):
+            for form in range(FORMS[direction]):
+                request = prepare_request(group.op, group.dtype, group.n, direction, config, form)
+                text = json.dumps(request, sort_keys=True)
+                before, future = self.prepared.get(text, (math.inf, None))
+                if future is None or future.cancelled() or (priority < before and future.cancel()):
+                    future = self.pool.submit(request, priority)
+                    self.prepared[text] = priority, future
+                found.append(future)
+        return found
 
     def default_needed(self, hunt: Hunt, chosen: Sequence[LaunchConfig]) -> bool:
         """Whether the pair of defaults may well be taken in the end, so that it is proved with the others.
@@ -799,45 +813,64 @@ class _Search:
                 self.show(track, "proving")
         self.say(f"proving {len(hunts)} groups")
         compiles = self.compile_for_races(hunts.values())
-        proving = {name: self.proofs(hunt) for name, hunt in hunts.items()}
-        pairs: dict[str, _Pair] = {}
-        pending: dict[Future[Json | Failure], tuple[str, str]] = {}
-
-        def go_on(name: str, found: Proved | None) -> None:
-            try:
-                request = next(proving[name]) if found is None else proving[name].send(found)
-            except StopIteration as stop:
-                pairs[name] = stop.value
-                self.say(f"proved {name}", 1)
-                return
-            text = json.dumps(request, sort_keys=True)
-            known = self.journal.get("proved", text)
-            if known is not None:
-                go_on(name, Proved(*known))
-            else:
-                pending[self.pool.submit(request, 0)] = name, text
-
-        for name in proving:
-            go_on(name, None)
-        while pending:
-            ready, _ = wait(pending, None, "FIRST_COMPLETED")
-            for future in ready:
-                name, text = pending.pop(future)
-                go_on(name, self.proved(text, future))
-        while self.preparing:
-            self.preparing.pop().cancel()  # what nobody has begun is not needed any more
-        wait(compiles)  # nothing is timed meanwhile
+        pairs = self.driven({name: self.proofs(hunt) for name, hunt in hunts.items()}, hunts, 1)
+        for priority, future in self.prepared.values():
+            if priority == SPARE:
+                future.cancel()  # what nobody has begun is not needed any more
+        wait(compiles)
         self.spent("prove", begin)
         begin = time.monotonic()
         raced = self.raced(hunts, pairs, "")
-        # where a default is to be shipped after all it is proved first, and then timed again
+        # where a default is to be shipped after all it is proved first, and then timed again; nothing is timed meanwhile
         late = {name: self.late_proof(hunts[name]) for name, pair in pairs.items() if self.unproved(hunts[name], pair, raced[name])}
-        for name, default in [(name, proof()) for name, proof in late.items()]:  # nothing is timed before all have ended
+        for name, default in self.driven(late, hunts, 0).items():
             pairs[name] = pairs[name]._replace(default=default)
         raced |= self.raced(hunts, {name: pairs[name] for name in late}, " again")
         found = {name: self.settled(hunts[name], pair, raced[name]) for name, pair in pairs.items()}
         self.spent("last race", begin)
         return found
+
+    def driven(self, asking: Mapping[str, Generator[Json, Proved, T]], hunts: dict[str, Hunt], steps: int) -> dict[str, T]:
+        """Runs generators that ask for proofs side by side; what a proof launches is compiled first, by several processes.
+
+        Args:
+            asking: by the label of a group.
+            hunts: likewise.
+            steps: by how many each that ends brings the run on.
+        """
+        results: dict[str, T] = {}
+        compiling: list[tuple[list[Future[Json | Failure]], str, Json]] = []
+        proving: dict[Future[Json | Failure], tuple[str, Json]] = {}
+
+        def go_on(name: str, found: Proved | None) -> None:
+            try:
+                request = next(asking[name]) if found is None else asking[name].send(found)
+            except StopIteration as stop:
+                results[name] = stop.value
+                self.say(f"proved {name}", steps)
+                return
+            known = self.journal.get("proved", json.dumps(request, sort_keys=True))
+            if known is not None:
+                go_on(name, Proved(*known))
+            else:
+                pair = [LaunchConfig.from_json(request[direction]) for direction in DIRECTIONS]
+                compiling.append((self.prepare_pair(hunts[name].group, pair, 0), name, request))
+
+        for name in asking:
+            go_on(name, None)
+        while compiling or proving:
+            for one in [one for one in compiling if all(future.done() for future in one[0])]:
+                compiling.remove(one)
+                proving[self.pool.submit(one[2], 0)] = one[1:]
+            waiting = {future for futures, _, _ in compiling for future in futures if not future.done()}
+            ready, _ = wait({*proving, *waiting}, None, "FIRST_COMPLETED")
+            for future in ready & proving.keys():
+                name, request = proving.pop(future)
+                answer = future.result()
+                proved = Proved(*answer) if isinstance(answer, Failure) else Proved(**answer)
+                self.journal.put("proved", json.dumps(request, sort_keys=True), list(proved))
+                go_on(name, proved)
+        return results
 
     def proofs(self, hunt: Hunt) -> Generator[Json, Proved, _Pair]:
         """What is to be proved in a group: the best pair whose proof holds, and the pair of defaults where one may be taken."""
@@ -863,29 +896,26 @@ class _Search:
         default = yield self.request(hunt.group, forward.default, backward.default)
         return pair._replace(default=default)
 
-    def proved(self, text: str, future: Future[Json | Failure]) -> Proved:
-        """What became of a proof, which goes into the journal under the text of its request."""
-        answer = future.result()
-        proved = Proved(*answer) if isinstance(answer, Failure) else Proved(**answer)
-        self.journal.put("proved", text, list(proved))
-        return proved
-
     def request(self, group: Group, one: LaunchConfig, two: LaunchConfig) -> Json:
         return prove_request(group.op, group.dtype, group.rows, group.n, one, two, self.seed)
 
     # 4. the last race
 
     def raced(self, hunts: dict[str, Hunt], pairs: dict[str, _Pair], again: str) -> dict[str, _Raced]:
-        """Races of what was chosen in some groups and the defaults; first all at the keys, then what won there between them."""
-        found = {name: self.final(hunts[name], pair, again) for name, pair in pairs.items()}
-        won = {name: self.doubtful(hunts[name], raced) for name, raced in found.items()}
-        compiles = [
-            self.compile(self.beside(track), config, 0)
-            for name, tracks in won.items()
-            for direction, track in tracks.items()
-            for config in (track.default, pairs[name].configs()[direction])
-        ]
-        wait(compiles)  # nothing is timed meanwhile
+        """Races of what was chosen in some groups and the defaults; first all at the keys, then what won there between them.
+
+        What the second races launch is compiled while others are raced at the keys.
+        """
+        found: dict[str, _Raced] = {}
+        won: dict[str, dict[str, Track]] = {}
+        compiles: list[Future[Compiled]] = []
+        for name, pair in pairs.items():
+            found[name] = self.final(hunts[name], pair, again)
+            won[name] = self.doubtful(hunts[name], found[name])
+            for direction, track in won[name].items():
+                for config in (track.default, pair.configs()[direction]):
+                    compiles.append(self.compile(self.beside(track), config, 0))
+        wait(compiles)
         return {name: self.held(hunts[name], pairs[name], raced, won[name], again) for name, raced in found.items()}
 
     def final(self, hunt: Hunt, pair: _Pair, again: str) -> _Raced:
@@ -955,15 +985,9 @@ class _Search:
         """Whether a default is to be shipped of which there is no proof."""
         return any(self.proof_of(track, direction, pair, raced) is None for direction, track in hunt.tracks.items())
 
-    def late_proof(self, hunt: Hunt) -> Callable[[], Proved]:
-        """Begins the proof of the pair of defaults; what is returned waits for it."""
-        defaults = [track.default for track in hunt.tracks.values()]
-        text = json.dumps(self.request(hunt.group, defaults[0], defaults[1]), sort_keys=True)
-        known = self.journal.get("proved", text)
-        if known is not None:
-            return lambda: Proved(*known)
-        future = self.pool.submit(json.loads(text), 0)
-        return lambda: self.proved(text, future)
+    def late_proof(self, hunt: Hunt) -> Generator[Json, Proved, Proved]:
+        """Asks for the proof of the pair of defaults."""
+        return (yield self.request(hunt.group, hunt.tracks["forward"].default, hunt.tracks["backward"].default))
 
     def settled(self, hunt: Hunt, pair: _Pair, raced: _Raced) -> list[Json]:
         """What is shipped and told of a group."""

@@ -268,10 +268,9 @@ def compile_request(key: Key, config: LaunchConfig, is_default: bool) -> Json:
     return {"do": "compile", "key": key._asdict(), "config": config.to_json(), "is_default": is_default}
 
 
-def prepare_request(op: str, dtype: str, n: int, forward: LaunchConfig, backward: LaunchConfig, part: int, parts: int) -> Json:
-    """Compiles what a proof launches, one of so many parts of it; answered by ``{"launches": how many}``."""
-    pair = {"forward": forward.to_json(), "backward": backward.to_json()}
-    return {"do": "prepare", "op": op, "dtype": dtype, "n": n, **pair, "part": part, "parts": parts}
+def prepare_request(op: str, dtype: str, n: int, direction: str, config: LaunchConfig, form: int) -> Json:
+    """Compiles what a proof launches of one direction in one form; answered by ``{"launches": how many}``."""
+    return {"do": "prepare", "op": op, "dtype": dtype, "n": n, "direction": direction, "config": config.to_json(), "form": form}
 
 
 WARM = {"do": "warm"}
@@ -347,9 +346,9 @@ class Service:
     def _prepare(self, request: Json) -> Json:
         from .binaries import prepare
 
-        forward, backward = (LaunchConfig.from_json(request[name]) for name in ("forward", "backward"))
-        part = request["part"], request["parts"]
-        return {"launches": prepare(self.device, request["op"], request["dtype"], request["n"], forward, backward, *part)}
+        op, dtype, n, direction = (request[name] for name in ("op", "dtype", "n", "direction"))
+        config = LaunchConfig.from_json(request["config"])
+        return {"launches": prepare(self.device, op, dtype, n, direction, config, request["form"])}
 
     def _warm(self, request: Json) -> Json:
         if self._cold:

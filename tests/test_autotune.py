@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from coordroute.autotune import benchmark, journal, proof, search, space, store, strategies, timer, timing, worker
+from coordroute.autotune import benchmark, binaries, journal, proof, search, space, store, strategies, timer, timing, worker
 from coordroute.autotune import device as devices
 from coordroute.autotune.binaries import Compiled
 from coordroute.autotune.space import Group
@@ -404,6 +404,66 @@ def test_what_was_chosen_before_is_verified_and_timed_again_beside_the_default(q
         assert store.lookup(CPU, Key(**made["key"])) in configs
     afresh = run(groups=SMALL[:1], fresh=True)["keys"][0]["candidates"]
     assert chosen not in [LaunchConfig.from_json(candidate["config"]) for candidate in afresh]
+
+
+class Waiting:
+    """A pool whose requests are answered when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, dict[str, object], Future]] = []
+
+    def submit(self, request, priority=1):
+        self.asked.append((priority, request, Future()))
+        return self.asked[-1][2]
+
+
+def on_a_gpu(path, groups) -> search._Search:
+    """A search whose requests wait, as if there were a GPU."""
+    made = search._Search(CPU, "quick", path, True, groups, None, 2, 0, None, None)
+    made.backend, made.pool = "triton", Waiting()
+    return made
+
+
+def test_what_proofs_launch_is_compiled_once_and_first_where_it_is_waited_for(tmp_path):
+    groups = [Group("soft_topk", "float32", rows, 16) for rows in (4, 64)]
+    made = on_a_gpu(tmp_path / "made.json", groups)
+    one, two = LaunchConfig("resident", 16, 1, 1, 1), LaunchConfig("resident", 16, 2, 1, 1)
+    first = made.prepare_pair(groups[0], (one, one), search.SPARE)
+    assert len(first) == sum(binaries.FORMS.values()) == len(made.pool.asked)
+    # the same length and the same configuration forwards: only the other backward is new
+    second = made.prepare_pair(groups[1], (one, two), search.SPARE)
+    assert second[:3] == first[:3] and len(made.pool.asked) == 5 + 2
+    first[0].set_running_or_notify_cancel()
+    first[1].set_result({"launches": 1})
+    urgent = made.prepare_pair(groups[0], (one, one), 0)
+    assert urgent[:2] == first[:2], "what is begun is not begun again"
+    assert all(future.cancelled() for future in first[2:]) and [priority for priority, _, _ in made.pool.asked[7:]] == [0, 0, 0]
+    assert made.prepare_pair(groups[0], (one, one), 1) == urgent
+
+
+def test_a_proof_waits_for_what_it_launches_and_no_other_waits_for_it(tmp_path, monkeypatch):
+    groups = [Group("soft_topk", "float32", 4, n) for n in (16, 32)]
+    made = on_a_gpu(tmp_path / "made.json", groups)
+    hunts = {group.label(): types.SimpleNamespace(group=group) for group in groups}
+    config = LaunchConfig("resident", 32, 1, 1, 1)
+    order: list[str] = []
+
+    def asks(group):
+        return (yield made.request(group, config, config))
+
+    def answers(futures, timeout, when):
+        """Compiles of the second group end first, then whatever is proved, and then the rest."""
+        todo = [(request, future) for _, request, future in made.pool.asked if not future.done()]
+        request, future = max(todo, key=lambda one: (one[0]["n"] == 32, one[0]["do"] == "prove"))
+        assert future in futures
+        order.append(f"{request['do']} {request['n']}")
+        future.set_result({"status": "ok"} if request["do"] == "prove" else {"launches": 1})
+        return {future}, set(futures) - {future}
+
+    monkeypatch.setattr(search, "wait", answers)
+    found = made.driven({name: asks(hunt.group) for name, hunt in hunts.items()}, hunts, 1)
+    assert found == {group.label(): proof.Proved("ok") for group in groups} and made.done == 2
+    assert order == ["prepare 32"] * 5 + ["prove 32"] + ["prepare 16"] * 5 + ["prove 16"]
 
 
 def made_stale(path, labels) -> None:

@@ -27,7 +27,7 @@ def test_on_a_cpu_nothing_is_compiled(direction, monkeypatch):
     for config in space.candidates(key, "cpu", "full"):
         assert binaries.compiled(CPU, key, config, False) == Compiled("ok")
     config = kernel_config.heuristic(key, "cpu")
-    assert binaries.prepare(CPU, key.op, key.dtype, key.n, config, config) == 0
+    assert binaries.prepare(CPU, key.op, key.dtype, key.n, key.direction, config, 0) == 0
 
 
 def test_an_answer_of_a_worker_is_what_it_was():

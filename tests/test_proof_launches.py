@@ -36,7 +36,11 @@ def kind(function, arguments, passed):
 @pytest.mark.parametrize("op", OPS)
 def test_what_a_proof_launches_is_compiled_ahead(op, rows, n):
     pair = [heuristic(Key(op, direction, "float32", rows, 1 << (n - 1).bit_length()), "triton") for direction in DIRECTIONS]
-    ahead = {kind(*(one.function, one.arguments, one.passed)) for one in binaries.proof_launches(op, "float32", n, *pair, 1 << 20)}
+    ahead = set()
+    for direction, config in zip(DIRECTIONS, pair, strict=True):
+        forms = binaries.proof_launches(op, "float32", n, direction, config, 1 << 20)
+        assert len(forms) == binaries.FORMS[direction]
+        ahead |= {kind(*(one.function, one.arguments, one.passed)) for form in forms for one in form}
     launched = set()
 
     def note(prepared, pointers, fractions):
@@ -53,4 +57,4 @@ def test_what_a_proof_launches_is_compiled_ahead(op, rows, n):
 
 def test_nothing_is_compiled_ahead_on_a_cpu():
     config = heuristic(Key("soft_topk", "forward", "float32", 4, 64), "cpu")
-    assert binaries.prepare(torch.device("cpu"), "soft_topk", "float32", 64, config, config) == 0
+    assert binaries.prepare(torch.device("cpu"), "soft_topk", "float32", 64, "forward", config, 0) == 0
