@@ -546,7 +546,9 @@ class _Search:
                 tracks = [self.track(group, direction) for direction in DIRECTIONS]
                 for track in tracks:
                     for config in dict.fromkeys([track.default, *self.seeds(track)]):
-                        self.compile(track, config, priority)
+                        # the proof of what was chosen before launches the same, but where programs share rows: fewer of more
+                        if config != track.known or config.variant == "split":
+                            self.compile(track, config, priority)
                 if before:
                     self.prepare_pair(group, [track.known for track in tracks if track.known is not None], priority)
                 elif priority == 1:
@@ -812,12 +814,11 @@ class _Search:
             for track in hunt.tracks.values():
                 self.show(track, "proving")
         self.say(f"proving {len(hunts)} groups")
-        compiles = self.compile_for_races(hunts.values())
         pairs = self.driven({name: self.proofs(hunt) for name, hunt in hunts.items()}, hunts, 1)
         for priority, future in self.prepared.values():
             if priority == SPARE:
                 future.cancel()  # what nobody has begun is not needed any more
-        wait(compiles)
+        wait(self.compile_for_races(hunts.values()))
         self.spent("prove", begin)
         begin = time.monotonic()
         raced = self.raced(hunts, pairs, "")
