@@ -84,7 +84,9 @@ def compiled(device: torch.device, key: Key, config: LaunchConfig, is_default: b
     return found
 
 
-def prepare(device: torch.device, op: str, dtype: str, n: int, direction: str, config: LaunchConfig, form: int) -> int:
+def prepare(
+    device: torch.device, op: str, dtype: str, n: int, direction: str, config: LaunchConfig, form: int, most: int | None = None
+) -> int:
     """Compiles what a proof launches of one direction in one form, so that it finds it in Triton's cache. Nothing runs on the GPU.
 
     Args:
@@ -92,6 +94,7 @@ def prepare(device: torch.device, op: str, dtype: str, n: int, direction: str, c
         op, dtype, n, direction: of the key.
         config: the configuration of that direction.
         form: which of the :data:`FORMS` of the direction.
+        most: rows of a batch, at most; None is any.
 
     Returns:
         How many launches were compiled; 0 on a CPU.
@@ -99,7 +102,7 @@ def prepare(device: torch.device, op: str, dtype: str, n: int, direction: str, c
     if device.type != "cuda":
         return 0
     with torch.cuda.device(device):
-        found = proof_launches(op, dtype, n, direction, config, _processors(device))[form]
+        found = proof_launches(op, dtype, n, direction, config, _processors(device), most)[form]
         for function, grid, arguments, passed in found:
             function.warmup(*arguments, grid=grid, **passed)
     return len(found)
@@ -109,7 +112,9 @@ FORMS = {"forward": 3, "backward": 2}
 """In how many forms a proof launches each direction: plain; masked, with k (and eps) as tensors; and so at another length."""
 
 
-def proof_launches(op: str, dtype: str, n: int, direction: str, config: LaunchConfig, processors: int) -> list[list[Noted]]:
+def proof_launches(
+    op: str, dtype: str, n: int, direction: str, config: LaunchConfig, processors: int, most: int | None = None
+) -> list[list[Noted]]:
     """What a proof (``reference.cases.proof_cases`` and its properties) launches of a direction in each form, on tensors that
     hold nothing. The other direction's configuration has no part in it.
     """
@@ -117,7 +122,8 @@ def proof_launches(op: str, dtype: str, n: int, direction: str, config: LaunchCo
     from ..reference.cases import proof_cases
 
     kernels, exact, is_backward = raw(op, "triton"), op == "soft_topk", direction == "backward"
-    plain, full = proof_cases(op, dtype, n, 0)
+    cases = proof_cases(op, dtype, n, 0, most)
+    plain, full = cases[0], next(case for case in cases if case.tensor_k)
     # rows, length, whether masked and with k (and eps) as tensors
     forms = [(len(plain.rows), plain.n, False), (len(full.rows), full.n, True), (len(full.rows), full.n + 3, True)]
     found: list[list[Noted]] = []

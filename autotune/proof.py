@@ -211,6 +211,7 @@ def check(
     backward: LaunchConfig,
     binary_sha256: str | None,
     seed: int = 0,
+    most: int | None = None,
 ) -> Checked:
     """Checks values and gradients of one pair of configurations against the float64 oracle.
 
@@ -223,11 +224,13 @@ def check(
         backward: configuration of the backward kernel.
         binary_sha256: of the compiled kernel that the proof is for; None on a CPU, where none is kept.
         seed: of the inputs.
+        most: rows of a batch, at most; None is any.
     """
     from ..reference import verify
 
     backend = "triton" if device.type == "cuda" else "cpu"
-    found = verify.check_candidate(operator(op, backend, forward, backward), op, device=device, dtype=dtype, n=n, seed=seed)
+    target = operator(op, backend, forward, backward)
+    found = verify.check_candidate(target, op, device=device, dtype=dtype, n=n, seed=seed, most=most)
     if not found["ok"]:
         return Checked(None, str(found.get("reason") or "differs from the oracle"))
     names = ("cases", "families", "max_error", "bound", "replays_bitwise", "seed")
@@ -299,6 +302,14 @@ class Proved(NamedTuple):
     backward: dict[str, Any] | None = None
 
 
+def most_rows(forward: LaunchConfig, rows: int) -> int | None:
+    """How many rows a batch of the proof has at most, for a key of so many; None is any.
+
+    Programs that share a row of a forward must all run at the same time, so that of more rows fewer would share each.
+    """
+    return rows if forward.variant == "split" else None
+
+
 def prove(
     device: torch.device, op: str, dtype: str, rows: int, n: int, forward: LaunchConfig, backward: LaunchConfig, seed: int = 0
 ) -> Proved:
@@ -308,7 +319,7 @@ def prove(
         device: where it runs.
         op: the operator.
         dtype: of the scores.
-        rows: of the key; the check has fewer where the scores would be large.
+        rows: of the key; the check has fewer where the scores would be large, and more where programs do not share rows.
         n: length of the rows.
         forward: configuration of the forward kernel.
         backward: configuration of the backward kernel.
@@ -326,7 +337,7 @@ def prove(
             run_backward(op, kernels, torch.ones_like(scores), scores, saved, backward)
             _await(device)
             binaries.append(binary().sha256)
-        checked = check(op, device, scores.dtype, n, forward, backward, None, seed)
+        checked = check(op, device, scores.dtype, n, forward, backward, None, seed, most_rows(forward, rows))
     except torch.OutOfMemoryError as error:
         return Proved("out of memory", one_line(error))
     except Exception as error:

@@ -48,7 +48,7 @@ from .binaries import FORMS, Compiled
 from .crew import Crew
 from .fingerprint import kernel_sha256
 from .journal import Journal, journal_path
-from .proof import Proved
+from .proof import Proved, most_rows
 from .space import Group
 from .strategies import Answer, Ask, Found
 from .timer import Timer, processes
@@ -628,7 +628,8 @@ class _Search:
             return found
         for direction, config in zip(DIRECTIONS, pair, strict=True):
             for form in range(FORMS[direction]):
-                request = prepare_request(group.op, group.dtype, group.n, direction, config, form)
+                most = most_rows(config, group.rows) if direction == "forward" else None
+                request = prepare_request(group.op, group.dtype, group.n, direction, config, form, most)
                 text = json.dumps(request, sort_keys=True)
                 before, future = self.prepared.get(text, (math.inf, None))
                 if future is None or future.cancelled() or (priority < before and future.cancel()):

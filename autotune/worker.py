@@ -51,10 +51,11 @@ class Worker:
         device: as torch names it.
         threads: of torch, in the process.
         program: the command line, without the device.
+        niceness: of the process, where the system knows that.
     """
 
-    def __init__(self, device: str, threads: int = 1, program: Sequence[str] = PROGRAM) -> None:
-        self._device, self._threads, self._program = device, threads, program
+    def __init__(self, device: str, threads: int = 1, program: Sequence[str] = PROGRAM, niceness: int = 0) -> None:
+        self._device, self._threads, self._program, self._niceness = device, threads, program, niceness
         self._process: _Process | None = None
         self.starts = 0
 
@@ -69,7 +70,7 @@ class Worker:
             WorkerError: the process does not start.
         """
         if self._process is None:
-            self._process = _Process(self._device, self._threads, self._program)
+            self._process = _Process(self._device, self._threads, self._program, self._niceness)
             self.starts += 1
             hello = self._process.answer(START_SECONDS)
             if isinstance(hello, Failure):
@@ -94,7 +95,7 @@ class Worker:
 
 
 class _Process:
-    def __init__(self, device: str, threads: int, program: Sequence[str]) -> None:
+    def __init__(self, device: str, threads: int, program: Sequence[str], niceness: int) -> None:
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         environment["OMP_NUM_THREADS"] = str(threads)
@@ -107,6 +108,9 @@ class _Process:
             env=environment,
             start_new_session=True,  # Ctrl-C is for the parent, which ends its workers itself
         )
+        if niceness and hasattr(os, "setpriority"):
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         self._answers: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -166,13 +170,17 @@ def _poisoned(answer: Json) -> bool:
 # --- the pool --------------------------------------------------------------------------------------------------------
 
 
+NICENESS = 10
+"""Of the processes of a pool: they compile while another process times, which must not wait for a core."""
+
+
 class Pool:
     """Worker processes for one device, each begun when it is needed. Use as a context manager: leaving it ends them."""
 
     def __init__(self, device: str, size: int, program: Sequence[str] = PROGRAM) -> None:
         self.size = size
         threads = max(1, (os.cpu_count() or 1) // size)
-        self._workers = [Worker(device, threads, program) for _ in range(size)]
+        self._workers = [Worker(device, threads, program, NICENESS) for _ in range(size)]
         self._waiting: queue.PriorityQueue[tuple[int, int, tuple[Json, Future[Json | Failure]] | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._threads: list[threading.Thread] = []
@@ -268,9 +276,10 @@ def compile_request(key: Key, config: LaunchConfig, is_default: bool) -> Json:
     return {"do": "compile", "key": key._asdict(), "config": config.to_json(), "is_default": is_default}
 
 
-def prepare_request(op: str, dtype: str, n: int, direction: str, config: LaunchConfig, form: int) -> Json:
+def prepare_request(op: str, dtype: str, n: int, direction: str, config: LaunchConfig, form: int, most: int | None) -> Json:
     """Compiles what a proof launches of one direction in one form; answered by ``{"launches": how many}``."""
-    return {"do": "prepare", "op": op, "dtype": dtype, "n": n, "direction": direction, "config": config.to_json(), "form": form}
+    key = {"op": op, "dtype": dtype, "n": n, "direction": direction}
+    return {"do": "prepare", **key, "config": config.to_json(), "form": form, "most": most}
 
 
 WARM = {"do": "warm"}
@@ -348,7 +357,7 @@ class Service:
 
         op, dtype, n, direction = (request[name] for name in ("op", "dtype", "n", "direction"))
         config = LaunchConfig.from_json(request["config"])
-        return {"launches": prepare(self.device, op, dtype, n, direction, config, request["form"])}
+        return {"launches": prepare(self.device, op, dtype, n, direction, config, request["form"], request["most"])}
 
     def _warm(self, request: Json) -> Json:
         if self._cold:

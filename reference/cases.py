@@ -7,6 +7,7 @@ rows, since a launch for each row would be too slow on a GPU; a failing batch is
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -300,22 +301,36 @@ PROOF_ELEMENTS = 1 << 20
 """Entries of a batch of a proof, at most."""
 
 
-def proof_cases(op: str, dtype: str, n: int, seed: int) -> list[Case]:
-    """The cases on which a launch configuration for rows of ``n`` scores is proved.
+def proof_cases(op: str, dtype: str, n: int, seed: int, most: int | None = None) -> list[Case]:
+    """The cases on which a launch configuration for rows of ``n`` scores is proved: first those without a mask.
 
-    Lengths n, and n - 3 with a mask and tensors for k and eps; every family where the batch has room for it. The batch has as
-    many rows as there are families, or fewer where rows are very long.
+    Lengths n, and n - 3 with a mask and tensors for k and eps; every family where there is room for it. There are as many rows of
+    a length as there are families, or fewer where rows are very long.
+
+    Args:
+        op, dtype: of every case.
+        n: the length of rows that the configuration is for.
+        seed: of the rows.
+        most: rows of a batch, at most; None is any. Where programs share a row, fewer of them may share each of more rows, and
+            then it is another kernel that runs.
     """
     names = list(families.FAMILIES)
     plain = [name for name in _REGULAR if name in _UNMASKED]
     room = max(2, min(len(names), PROOF_ELEMENTS // max(n, 1)))
+    size = room if most is None else min(most, room)
     schedule: dict[str, Any] = PUBLISHED if op == "coordinate_descent" else {"eps": 0.1}
+    if size < len(names):
+        # some of the families in each batch: one that is masked, and of the others first those that the cases without a mask lack
+        masked = itertools.cycle([name for name in names if name not in _UNMASKED])
+        others = itertools.cycle([name for name in reversed(names) if name in _UNMASKED])
+        names = [next(others if i % size else masked) for i in range(-(-room // size) * size)]
 
-    def chosen(pool: list[str]) -> tuple[tuple[str, int], ...]:
-        return tuple((pool[i % len(pool)], seed + i) for i in range(room))
+    def batches(pool: list[str], length: int, **how: Any) -> list[Case]:
+        rows = [(pool[i % len(pool)], seed + i) for i in range(max(room, len(names)))]
+        found = [tuple(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
+        return [Case(op, dtype, length, batch, **how, **schedule) for batch in found]
 
-    exact = op == "soft_topk"
     return [
-        Case(op, dtype, n, chosen(plain), tensor_k=False, **schedule),
-        Case(op, dtype, max(1, n - 3), chosen(names), tensor_k=True, tensor_eps=exact, **schedule),
+        *batches(plain, n, tensor_k=False),
+        *batches(names, max(1, n - 3), tensor_k=True, tensor_eps=op == "soft_topk"),
     ]

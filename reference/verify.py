@@ -93,7 +93,7 @@ def check(target: Target, case: Case, device: torch.device | str = "cpu", only: 
 
 
 def check_candidate(
-    target: Target, op: str, *, device: torch.device | str, dtype: torch.dtype, n: int, seed: int = 0
+    target: Target, op: str, *, device: torch.device | str, dtype: torch.dtype, n: int, seed: int = 0, most: int | None = None
 ) -> dict[str, Any]:
     """Proves one launch configuration: values and gradients of the cases of :func:`cases.proof_cases`.
 
@@ -104,6 +104,7 @@ def check_candidate(
         dtype: of the scores.
         n: the length of rows that the configuration is for.
         seed: of the inputs.
+        most: rows of a batch, at most; None is any.
 
     Returns:
         ``{"ok", "reason", "cases" (rows compared), "families", "max_error": {"value", "grad_scores", "grad_k"},
@@ -115,7 +116,7 @@ def check_candidate(
     used: set[str] = set()
     failure = ""
     replays = True
-    for case in proof_cases(op, str(dtype).removeprefix("torch."), n, seed):
+    for case in proof_cases(op, str(dtype).removeprefix("torch."), n, seed, most):
         compared += len(case.rows)
         used |= {family for family, _ in case.rows}
         for finding in examine(target, case, device, longest=n, only=PROOF):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -141,6 +142,8 @@ def test_a_worker_proves_and_a_pool_too():
         assert Compiled(**second.result(60)) == Compiled("ok")
         assert pool.submit({"do": "nonsense"}).result(60).status == "crashes"
         (running,) = [one._process._process for one in pool._workers]
+        if hasattr(os, "getpriority"):
+            assert os.getpriority(os.PRIO_PROCESS, running.pid) == min(os.getpriority(os.PRIO_PROCESS, 0) + worker.NICENESS, 19)
     assert running.poll() is not None
 
 
@@ -246,7 +249,7 @@ def test_the_journals_of_all_processes_are_read_and_removed_and_nobody_elses(tmp
 # --- search ----------------------------------------------------------------------------------------------------------
 
 
-def fake_proof(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
+def fake_proof(op, device, dtype, n, forward, backward, binary_sha256, seed=0, most=None):
     made = {"kernel_sha256": proof.kernel_sha256(op, "cpu"), "binary_sha256": None, "cases": 1, "families": ["fake"]}
     errors = {"value": 0.0, "grad_scores": 0.0, "grad_k": 0.0}
     return proof.Checked(made | {"max_error": errors, "bound": 1.0, "replays_bitwise": True, "seed": seed}, "")
@@ -546,7 +549,7 @@ def test_the_fastest_is_taken_where_its_proof_holds_and_else_the_next(quick, spe
     known |= {1: 5.0, 2: 6.0, 3: 7.0}
     assert chosen(run()) == [1] * 4
 
-    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
+    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0, most=None):
         wrong = forward.rows_per_program == 1 or backward.rows_per_program in (1, 2)
         return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, n, forward, backward, None)
 
@@ -565,7 +568,7 @@ def test_each_right_and_wrong_together_is_nobodys_fault_alone(quick, speeds, row
     rows(1, 2)
     known |= {1: 5.0, 2: 6.0}
 
-    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
+    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0, most=None):
         wrong = forward.rows_per_program == backward.rows_per_program == 1
         return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, n, forward, backward, None)
 
@@ -579,7 +582,7 @@ def test_where_all_of_one_direction_are_wrong_the_other_keeps_its_own(quick, spe
     rows(1, 2, 3, 4, 5, 6)
     known |= {count: 4.0 + count / 10 for count in range(1, 7)}
 
-    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
+    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0, most=None):
         wrong = backward.rows_per_program < 7
         return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, n, forward, backward, None)
 
@@ -603,7 +606,7 @@ def test_a_proof_that_fails_beside_other_segments_and_a_last_race_that_fails_are
         }
         return samples, {config: worker.Failure("hangs", "at last") for config in fails}
 
-    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0):
+    def check(op, device, dtype, n, forward, backward, binary_sha256, seed=0, most=None):
         wrong = forward.rows_per_program == 1
         return proof.Checked(None, "off") if wrong else fake_proof(op, device, dtype, n, forward, backward, None)
 

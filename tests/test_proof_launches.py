@@ -8,7 +8,7 @@ import pytest
 import torch
 from coordroute.autotune import binaries, proof
 from coordroute.kernels import coordinate_descent, soft_topk
-from coordroute.kernels.config import DIRECTIONS, OPS, Key, heuristic
+from coordroute.kernels.config import DIRECTIONS, OPS, Key, LaunchConfig, heuristic
 from coordroute.reference import verify
 
 pytest.importorskip("triton")
@@ -32,13 +32,19 @@ def kind(function, arguments, passed):
     return function.__name__, tuple(told), tuple(sorted(constants.items()))
 
 
-@pytest.mark.parametrize(("rows", "n"), [(16, 64), (4, 100)])
+SHARED = LaunchConfig("split", 64, 1, 1, 1, 20, programs_per_row=16)
+
+
+@pytest.mark.parametrize(("rows", "n", "config"), [(16, 64, None), (4, 100, None), (4, 1024, SHARED), (1, 1024, SHARED)])
 @pytest.mark.parametrize("op", OPS)
-def test_what_a_proof_launches_is_compiled_ahead(op, rows, n):
-    pair = [heuristic(Key(op, direction, "float32", rows, 1 << (n - 1).bit_length()), "triton") for direction in DIRECTIONS]
+def test_what_a_proof_launches_is_compiled_ahead(op, rows, n, config):
+    """And where programs share a row, as many share each row of a proof as each row of the key, on a GPU that has no more."""
+    processors = 16 * rows
+    pair = [config or heuristic(Key(op, way, "float32", rows, 1 << (n - 1).bit_length()), "triton") for way in DIRECTIONS]
+    most = proof.most_rows(pair[0], rows)
     ahead = set()
     for direction, config in zip(DIRECTIONS, pair, strict=True):
-        forms = binaries.proof_launches(op, "float32", n, direction, config, 1 << 20)
+        forms = binaries.proof_launches(op, "float32", n, direction, config, processors, most if direction == "forward" else None)
         assert len(forms) == binaries.FORMS[direction]
         ahead |= {kind(*(one.function, one.arguments, one.passed)) for form in forms for one in form}
     launched = set()
@@ -50,9 +56,12 @@ def test_what_a_proof_launches_is_compiled_ahead(op, rows, n):
                 argument.nan_to_num_(0.0, 0.0, 0.0)  # memory that nobody wrote
 
     # what is compiled ahead is for a GPU, where programs wait for each other
-    with mock.patch.object(MODULES[op], "launch", note), mock.patch.object(MODULES[op], "cooperative", lambda device: True):
-        verify.check_candidate(proof.operator(op, "triton", *pair), op, device="cpu", dtype=torch.float32, n=n)
-    assert launched == ahead and len(ahead) == 5
+    a_gpu = {"launch": note, "cooperative": lambda device: True, "processors": lambda device: processors}
+    with mock.patch.multiple(MODULES[op], **a_gpu):
+        verify.check_candidate(proof.operator(op, "triton", *pair), op, device="cpu", dtype=torch.float32, n=n, most=most)
+    assert launched == ahead and len(ahead) == (5 if most is None else 7)
+    if most is not None:
+        assert {dict(constants)["PROGRAMS"] for _, _, constants in launched} == {"16"}
 
 
 def test_nothing_is_compiled_ahead_on_a_cpu():

@@ -508,6 +508,20 @@ def test_a_candidate_is_proved_with_figures_and_a_wrong_one_with_a_reason(op):
     assert not proof["ok"] and "grad scores" in proof["reason"]
 
 
+@pytest.mark.parametrize(("n", "most"), [(1 << 20, 1), (1 << 17, 4), (1 << 17, None), (1 << 15, 4), (64, 64)])
+def test_the_batches_of_a_proof_are_as_many_rows_as_may_be_and_each_has_a_mask_where_it_should(n, most):
+    cases = verify.proof_cases("soft_topk", "float32", n, 0, most)
+    assert [case.tensor_k for case in cases] == sorted(case.tensor_k for case in cases)
+    for bare in (True, False):
+        batches = [case for case in cases if case.tensor_k != bare]
+        assert sum(len(case.rows) for case in batches) >= max(2, min(len(families.FAMILIES), (1 << 20) // n))
+        for case in batches:
+            assert len(case.rows) <= (most or 64) and case.n == (n if bare else n - 3)
+            assert any(families.FAMILIES[name].masked for name, _ in case.rows) != bare
+    if n <= 1 << 15:
+        assert {name for case in cases for name, _ in case.rows} == set(families.FAMILIES)
+
+
 def test_long_rows_are_proved_too():
     """At great lengths scores near a kink are the rule; they widen the bound by what they carry and leave nothing out."""
     case = verify.proof_cases("coordinate_descent", "float32", 65536, 0)[0]
