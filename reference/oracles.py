@@ -187,11 +187,21 @@ COARSE = 2.0**22
 
 
 def _relative_tails(ordered: Array, eps: Array) -> Array:
-    """log sum_{i >= m} exp((v_i - v_m)/eps) for falling v, [R, n]: right however large v/eps is."""
-    tails = np.zeros_like(ordered)
-    for m in range(ordered.shape[1] - 2, -1, -1):
-        gap = np.where(np.isfinite(ordered[:, m + 1]), (ordered[:, m + 1] - ordered[:, m]) / eps, -np.inf)
-        tails[:, m] = np.logaddexp(0.0, gap + tails[:, m + 1])
+    """log sum_{i >= m} exp((v_i - v_m)/eps) for falling v, [R, n]: right however large v/eps is.
+
+    By doubling: from the sums of the ``reach`` entries from m on, and how far the entry behind them lies from v_m, those of twice
+    as many follow.
+    """
+    tails, below = np.zeros_like(ordered), np.full_like(ordered, -np.inf)
+    with np.errstate(invalid="ignore"):
+        gaps = (ordered[:, 1:] - ordered[:, :-1]) / eps[:, None]
+    below[:, :-1] = np.where(np.isfinite(ordered[:, 1:]), gaps, -np.inf)
+    reach, n = 1, ordered.shape[1]
+    while reach < n and ordered.size:
+        tails[:, :-reach] = np.logaddexp(tails[:, :-reach], below[:, :-reach] + tails[:, reach:])
+        below[:, :-reach] += below[:, reach:]
+        below[:, n - reach :] = -np.inf
+        reach *= 2
     return tails
 
 
