@@ -6,8 +6,11 @@ remembered under all that it depends on, and the next launch of the kind runs it
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from itertools import repeat
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +19,7 @@ from triton import knobs
 from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
+from triton.runtime.jit import JITCallable
 
 KNOWN = ("3.6", "3.7")
 """Releases of Triton whose caches and whose way to run a binary are known to be as they are used here."""
@@ -44,6 +48,25 @@ _binaries: dict[tuple[Any, ...], _Binary] = {}
 """By all that a binary depends on."""
 
 
+@functools.cache
+def hash_in_order(module: ModuleType) -> None:
+    """Has Triton hash the functions of a module of this package, and of those that it imports from, callees before callers.
+
+    Triton ends the hash of a function with the global constants that it and its callees use, and asks a callee for them before it
+    hashes it: a callee that has not been hashed before has none (``DependenciesFinder._update_hash`` in triton/runtime/jit.py, of
+    3.6 and 3.7). So the key of a binary in Triton's cache would depend on what a process has launched first, and what one process
+    compiled others would compile again.
+    """
+    package = __name__.rpartition(".")[0]
+    for function in list(vars(module).values()):
+        if not isinstance(function, JITCallable):
+            continue
+        home = sys.modules.get(function.fn.__module__, module)
+        if home is not module and home.__name__.startswith(package + "."):
+            hash_in_order(home)
+        _ = function.cache_key
+
+
 class Prepared:
     """What launches have in common that differ in their tensors and fractions alone.
 
@@ -61,6 +84,8 @@ class Prepared:
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], device: int | None = None, **constants: Any
     ) -> None:
         self.kernel, self.grid, self.numbers, self.device, self.constants = kernel, grid, numbers, device, constants
+        if isinstance(kernel, JITFunction) and kernel.fn.__module__ in sys.modules:
+            hash_in_order(sys.modules[kernel.fn.__module__])
         self.sizes = (*grid, 1, 1)[:3]
         self.aligned: dict[int, _Binary] = {}
         """By device, what ran where each pointer was a multiple of 16, if that and its dtype are all that Triton asks of one."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,35 @@ def _scale(x_ptr, y_ptr, factor: tl.float64, n, stride, FLAG: tl.constexpr, BLOC
     if FLAG:
         x += 1.0
     tl.store(y_ptr + at, x * factor * SCALE, mask=at < n)
+
+
+HASHES = """
+import sys
+import torch
+from coordroute.kernels import coordinate_descent, rows, soft_topk
+from coordroute.kernels.aot import launches
+from coordroute.kernels.config import LaunchConfig
+from triton.runtime.jit import JITCallable
+
+config = LaunchConfig("resident", 64, 1, 1, 1, 1)
+for op in sys.argv[1:]:
+    for launch in launches(op, "float32", 4, 64, True, config, config):
+        launch.source().hash()
+for module in (rows, soft_topk, coordinate_descent):
+    for name, function in vars(module).items():
+        if isinstance(function, JITCallable):
+            print(module.__name__, name, function.cache_key)
+"""
+
+
+def test_what_a_process_launches_first_makes_no_other_keys_of_tritons_cache():
+    """Else every process compiles again what another one has compiled, and so does a program that calls the operators in turn."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    said = [
+        subprocess.run([sys.executable, "-c", HASHES, *order], env=environment, capture_output=True, text=True, check=True).stdout
+        for order in (("soft_topk", "coordinate_descent"), ("coordinate_descent", "soft_topk"))
+    ]
+    assert said[0] == said[1] and "_forward" in said[0] and "_iterate" in said[0]
 
 
 class Driver:
