@@ -14,6 +14,43 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def _patch_the_language_once() -> None:
+    """Spares the interpreter half of its time.
+
+    It puts its own functions in the place of those of ``triton.language`` whenever a function calls another one, and looks through
+    the whole language for what is left to be put in place: nothing is, where the caller's has been. Other releases of Triton whose
+    interpreter is not made like this one are left as they are.
+    """
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        plain, scope_of = interpreter._patch_lang, interpreter._LangPatchScope
+    except (ImportError, AttributeError):
+        return
+    replaced: set[int] = set()  # in a launch
+
+    def patch(function):
+        wanted = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if wanted and wanted <= replaced:
+            return scope_of()
+        scope = plain(function)
+        restore = scope.restore
+
+        def back():
+            replaced.clear()
+            restore()
+
+        replaced.update(wanted)
+        scope.restore = back  # of the launch: no other is asked for it
+        return scope
+
+    interpreter._patch_lang = patch
+
+
+_patch_the_language_once()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_configurations_of_the_user():
     with tempfile.TemporaryDirectory() as folder:
