@@ -52,7 +52,7 @@ from .proof import Proved, most_rows
 from .space import Group
 from .strategies import Answer, Ask, Found
 from .timer import Timer, processes
-from .worker import PROGRAM, WARM, Failure, Inline, Json, Pool, compile_request, prepare_request, prove_request
+from .worker import PROGRAM, WARM, Account, Failure, Inline, Json, Pool, compile_request, prepare_request, prove_request
 
 T = TypeVar("T")
 
@@ -1070,6 +1070,13 @@ class _Search:
             "entry": entry,
         }
 
+    def requests(self) -> dict[str, Json]:
+        """What the processes of this one have done: of each kind of request how many, their seconds, and the longest."""
+        total = Account()
+        for account in {id(one): one for one in (*self.pool.accounts, self.timer.account)}.values():
+            total.merge(account.kinds)
+        return total.kinds
+
     def result(self, seconds: float) -> Json:
         keys = []
         for group in self.groups:
@@ -1100,6 +1107,7 @@ class _Search:
             "reverified": sum(map(self.chosen_before, self.groups)),
             "kept": len(self.kept),
             "phases": {name: round(spent, 1) for name, spent in self.phases.items()},
+            "requests": self.requests(),
             "launches": sum(key["launches"] for key in keys),
             "keys": keys,
             "dropped": dict(dropped),

@@ -19,7 +19,7 @@ from ..kernels import config as kernel_config
 from ..kernels.config import Key, LaunchConfig
 from . import space, timing
 from .proof import raw, run_backward, run_forward
-from .worker import PROGRAM, Failure, Inline, Json, Local, Pool, Worker, failed
+from .worker import PROGRAM, Account, Failure, Inline, Json, Local, Pool, Worker, failed
 
 PREPARE_SECONDS = {"cuda": 90.0, "cpu": 240.0}
 """How long a candidate may take to be compiled, if it is not, and run a few times."""
@@ -160,6 +160,8 @@ class Asked(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    account: Account
+
     def stop(self) -> None: ...
 
 
@@ -187,6 +189,11 @@ class Timer:
         self._numbers = itertools.count()
         self._last = Failure("crashes", "nothing was asked")
         self.methods: dict[tuple[str, LaunchConfig], str] = {}
+
+    @property
+    def account(self) -> Account:
+        """Of the process."""
+        return self._asked.account
 
     def open(self, name: str, key: Key) -> None:
         """Names a key whose candidates are to be timed; several may be open."""

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -44,6 +45,43 @@ class Failure(NamedTuple):
     reason: str
 
 
+class Account:
+    """What requests cost: of each kind how many there were, how long they took in all, and the longest of them.
+
+    Attributes:
+        kinds: by kind, ``{"requests", "seconds", "longest", "longest_about"}``.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, Json] = {}
+
+    def add(self, request: Json, seconds: float) -> None:
+        """Notes a request that was answered."""
+        one = {"requests": 1, "seconds": seconds, "longest": seconds, "longest_about": _about(request)}
+        self.merge({str(request.get("do")): one})
+
+    def merge(self, kinds: dict[str, Json]) -> None:
+        """Adds what another account has."""
+        for kind, one in kinds.items():
+            known = self.kinds.get(kind, {"requests": 0, "seconds": 0.0, "longest": -1.0, "longest_about": ""})
+            longer = max(known, one, key=lambda either: either["longest"])
+            self.kinds[kind] = {
+                "requests": known["requests"] + one["requests"],
+                "seconds": round(known["seconds"] + one["seconds"], 3),
+                "longest": round(longer["longest"], 3),
+                "longest_about": longer["longest_about"],
+            }
+
+
+def _about(request: Json) -> str:
+    """What a request is about: the name of what is timed, or the key or group."""
+    if "name" in request:
+        return str(request["name"])
+    found = request.get("key") or request
+    shape = "x".join(str(found[name]) for name in ("rows", "n") if name in found)
+    return " ".join([str(found[name]) for name in ("op", "direction", "dtype") if name in found] + [shape] * bool(shape))
+
+
 class Worker:
     """One worker process, which is started by the first request and again after each failure.
 
@@ -52,12 +90,17 @@ class Worker:
         threads: of torch, in the process.
         program: the command line, without the device.
         niceness: of the process, where the system knows that.
+
+    Attributes:
+        starts: how many processes there have been.
+        account: what was answered, and what failed.
     """
 
     def __init__(self, device: str, threads: int = 1, program: Sequence[str] = PROGRAM, niceness: int = 0) -> None:
         self._device, self._threads, self._program, self._niceness = device, threads, program, niceness
         self._process: _Process | None = None
         self.starts = 0
+        self.account = Account()
 
     def ask(self, request: Json, seconds: float | None = None) -> Json | Failure:
         """Sends a request and waits for the answer. After a failure the process is gone, and with it what it held.
@@ -76,7 +119,9 @@ class Worker:
             if isinstance(hello, Failure):
                 self.stop()
                 raise WorkerError(f"a worker process does not start on {self._device}: {hello.reason}")
+        begin = time.monotonic()
         answer = self._process.ask(request, REQUEST_SECONDS if seconds is None else seconds)
+        self.account.add(request, time.monotonic() - begin)
         if isinstance(answer, Failure) or _poisoned(answer):
             self.stop()
         if not isinstance(answer, Failure) and "failed" in answer:
@@ -199,6 +244,11 @@ class Pool:
         for future in list(self._pending):
             future.cancel()
 
+    @property
+    def accounts(self) -> list[Account]:
+        """Of its processes."""
+        return [worker.account for worker in self._workers]
+
     def submit(self, request: Json, priority: int = 1) -> Future[Json | Failure]:
         """Hands a request to the next idle process; those of a lower priority number go first, else in their order.
 
@@ -239,9 +289,12 @@ class Local:
 
     def __init__(self, device: str) -> None:
         self._service = Service(device)
+        self.account = Account()
 
     def ask(self, request: Json, seconds: float | None = None) -> Json | Failure:
+        begin = time.monotonic()
         answer = self._service(request)
+        self.account.add(request, time.monotonic() - begin)
         return Failure(answer["failed"], answer["reason"]) if "failed" in answer else answer
 
     def stop(self) -> None:
@@ -261,6 +314,11 @@ class Inline:
 
     def __exit__(self, *exception: object) -> None:
         self._asked.stop()
+
+    @property
+    def accounts(self) -> list[Account]:
+        """Of the process."""
+        return [self._asked.account]
 
     def submit(self, request: Json, priority: int = 1) -> Future[Json | Failure]:
         future: Future[Json | Failure] = Future()

@@ -156,7 +156,9 @@ _TUNED = {"key": OBJECT, "config": MAYBE_OBJECT, "timing": MAYBE_OBJECT, "gain":
 _TIMING = {"median_us": NUMBER, "ci_us": INTERVAL, "default_us": NUMBER, "samples": WHOLE, "method": TEXT}
 _CANDIDATE = {"status": TEXT, "reason": TEXT}
 _SEARCHED = {"groups": MAYBE_WHOLE, "workers": MAYBE_WHOLE, "gpus": MAYBE_WHOLE, "reverified": MAYBE_WHOLE, "kept": MAYBE_WHOLE}
+_SEARCHED |= {"requests": MAYBE_OBJECT}
 """What autotune.json may say of the search; a file from before it did has none."""
+_REQUESTS = {"requests": WHOLE, "seconds": NUMBER, "longest": NUMBER, "longest_about": TEXT}
 
 _CONFIG = {
     "variant": TEXT,
@@ -463,6 +465,8 @@ def _check_autotune(path: Path, data: Json) -> None:
         _check(path, f"dropped[{status!r}]", number, WHOLE)
     for name, kind in _SEARCHED.items():
         _check(path, name, data.get(name), kind)
+    for kind, one in (data.get("requests") or {}).items():
+        _fields(path, f"requests[{kind!r}]", one, _REQUESTS)
     for i, key in enumerate(data["keys"]):
         _fields(path, f"keys[{i}]", key, _TUNED)
         _fields(path, f"keys[{i}].key", key["key"], _KEY)

@@ -335,6 +335,10 @@ def test_a_search_writes_what_lookups_then_find(quick):
         assert {candidate["status"] for candidate in made["candidates"]} == {"timed"}
         told = [state.state for state in states if state.key == key]
         assert told[0] == "searching" and "proving" in told and told[-1] in ("tuned", "default")
+    asked = result["requests"]
+    assert set(asked) == {"prove", "open", "add", "round", "close"} and asked["prove"]["requests"] >= len(SMALL)
+    for one in asked.values():
+        assert 0 <= one["longest"] <= one["seconds"] and any(group.op in one["longest_about"] for group in SMALL)
     explanation = store.explain("cpu", *key)
     assert explanation.exact and explanation.path == quick
     assert [report[0] for report in seen] == [seen[0][0]] * len(seen)
@@ -467,6 +471,22 @@ def test_a_proof_waits_for_what_it_launches_and_no_other_waits_for_it(tmp_path, 
     found = made.driven({name: asks(hunt.group) for name, hunt in hunts.items()}, hunts, 1)
     assert found == {group.label(): proof.Proved("ok") for group in groups} and made.done == 2
     assert order == ["prepare 32"] * 5 + ["prove 32"] + ["prepare 16"] * 5 + ["prove 16"]
+
+
+def test_accounts_say_what_of_a_kind_took_longest():
+    one, two, both = worker.Account(), worker.Account(), worker.Account()
+    one.add({"do": "prove", "op": "soft_topk", "dtype": "float32", "rows": 4, "n": 16}, 2.0)
+    one.add({"do": "prove", "op": "soft_topk", "dtype": "float32", "rows": 4, "n": 32}, 1.0)
+    two.add(worker.compile_request(SMALL[1].key("backward"), LaunchConfig("eager"), True), 0.5)
+    two.add({"do": "prove", "op": "soft_topk", "dtype": "float32", "rows": 4, "n": 64}, 3.0)
+    two.add({}, 0.25)
+    for account in (one, two):
+        both.merge(account.kinds)
+    assert both.kinds == {
+        "prove": {"requests": 3, "seconds": 6.0, "longest": 3.0, "longest_about": "soft_topk float32 4x64"},
+        "compile": {"requests": 1, "seconds": 0.5, "longest": 0.5, "longest_about": "coordinate_descent backward float32 4x16"},
+        "None": {"requests": 1, "seconds": 0.25, "longest": 0.25, "longest_about": ""},
+    }
 
 
 def made_stale(path, labels) -> None:

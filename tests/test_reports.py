@@ -115,6 +115,8 @@ def synthetic_autotune(shapes=TUNED_SHAPES, dtypes=("float32", "bfloat16")):
     mean = round(math.exp(sum(map(math.log, gains)) / len(gains)), 4)
     dropped = {"wrong": len(keys), "spills": 2 * len(keys), "keys left out: out of time": 6}
     made = {**head("autotune"), "seconds": 127.0, "effort": "quick", "file": "synthetic.json"}
+    proofs = {"requests": 24, "seconds": 61.5, "longest": 12.25, "longest_about": "soft_topk float32 1x1048576"}
+    made["requests"] = {"prove": proofs, "warm": {"requests": 1, "seconds": 2.0, "longest": 2.0, "longest_about": ""}}
     return made | {"resumed": 4, "keys": keys, "dropped": dropped, "geometric_mean_gain": mean}
 
 
@@ -991,6 +993,8 @@ def odd_target(data, **changes):
         ("benchmark", lambda data: odd_target(data, met="yes"), r"targets\[0\]\.met is 'yes'; true or false or null is needed"),
         ("benchmark", lambda data: odd_target(data, detail={"sweeps": "3"}), r"targets\[0\]\.detail\.sweeps is '3'"),
         ("benchmark", spoiled(cpu={"threads": 2}), r"has no cpu\.device"),
+        ("autotune", spoiled(requests=[]), r"requests is \[\]; an object or null is needed"),
+        ("autotune", spoiled(requests={"prove": {"requests": 1}}), r"has no requests\['prove'\]\.seconds; a number is needed"),
         ("autotune", inner("keys", 0, timing={}), r"has no keys\[0\]\.timing\.median_us"),
         ("autotune", inner("keys", 0, key=1), r"keys\[0\]\.key is 1; an object is needed"),
         ("autotune", inner("keys", 0, candidates=["x"]), r"keys\[0\]\.candidates\[0\] is 'x'; an object is needed"),
