@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..kernels import config as kernel_config
 from ..kernels.config import Key, LaunchConfig
+from . import space
 from .proof import PUBLISHED, compute_dtype, one_line, raw, run_backward, run_forward
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ def proof_launches(
     for rows, length, masked in forms[: FORMS[direction]]:
         forward = config
         if is_backward:
-            key = Key(op, "forward", dtype, kernel_config.bucket_rows(rows), kernel_config.bucket_n(length))
-            forward = replace(kernel_config.heuristic(key, "triton"), checkpoint_segments=config.checkpoint_segments)
+            key = kernel_config.make_key(op, "forward", getattr(torch, dtype), rows, length)
+            forward = space.with_segments(kernel_config.heuristic(key, "triton"), config.checkpoint_segments)
         scores = torch.empty((rows, length), dtype=getattr(torch, dtype), device="meta")
         per_row = torch.empty(rows, dtype=compute_dtype(scores.dtype), device="meta")
         mask = torch.empty((rows, length), dtype=torch.bool, device="meta") if masked else None

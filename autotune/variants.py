@@ -16,7 +16,7 @@ LAUNCHES = {"triton": ((4096, 256), (64, 4096), (4, 131072)), "cpu": ((256, 512)
 """Rows and lengths whose search spaces hold every variant: several rows a program, one, and rows that programs share."""
 
 
-def variants(op: str, dtype: str, device: str) -> Iterator[tuple[str, int, Callable[..., Any]]]:
+def variants(op: str, dtype: str, device: str) -> Iterator[tuple[str, int, Callable[..., Any], int | None]]:
     """Every forward and every backward configuration of a quick search at a few shapes, and other numbers of checkpoint segments.
 
     Args:
@@ -25,7 +25,7 @@ def variants(op: str, dtype: str, device: str) -> Iterator[tuple[str, int, Calla
         device: where they run.
 
     Yields:
-        A name, the length of rows it is for, and the operator launched so.
+        A name, the length of rows it is for, the operator launched so, and the rows of a batch at most, as in a proof.
     """
     backend = "triton" if torch.device(device).type == "cuda" else "cpu"
     for rows, n in LAUNCHES[backend]:
@@ -43,7 +43,8 @@ def variants(op: str, dtype: str, device: str) -> Iterator[tuple[str, int, Calla
             forwards += [replace(forwards[0], checkpoint_segments=count) for count in (1, 3, kernel_config.TUNED_N_ITERS)]
         for i in range(max(len(forwards), len(backwards))):
             forward, backward = forwards[i % len(forwards)], backwards[i % len(backwards)]
-            yield f"{_name(forward)} / {_name(backward)}", n, proof.operator(op, backend, forward, backward)
+            target = proof.operator(op, backend, forward, backward)
+            yield f"{_name(forward)} / {_name(backward)}", n, target, proof.most_rows(forward, rows)
 
 
 def _name(config: LaunchConfig) -> str:

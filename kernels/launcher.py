@@ -19,13 +19,13 @@ from triton import knobs
 from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
-from triton.runtime.jit import JITCallable
 
 KNOWN = ("3.6", "3.7")
 """Releases of Triton whose caches and whose way to run a binary are known to be as they are used here."""
 
 _known = ".".join(triton.__version__.split(".")[:2]) in KNOWN
 if _known:
+    from triton.runtime.jit import JITCallable
     from triton.runtime.jit import native_specialize_impl as _specialize
 _NO, _YES = repeat(False), repeat(True)
 
@@ -55,8 +55,10 @@ def hash_in_order(module: ModuleType) -> None:
     Triton ends the hash of a function with the global constants that it and its callees use, and asks a callee for them before it
     hashes it: a callee that has not been hashed before has none (``DependenciesFinder._update_hash`` in triton/runtime/jit.py, of
     3.6 and 3.7). So the key of a binary in Triton's cache would depend on what a process has launched first, and what one process
-    compiled others would compile again.
+    compiled others would compile again. Of releases that are not KNOWN nothing is asked.
     """
+    if not _known:
+        return
     package = __name__.rpartition(".")[0]
     for function in list(vars(module).values()):
         if not isinstance(function, JITCallable):

@@ -326,7 +326,7 @@ def proof_cases(op: str, dtype: str, n: int, seed: int, most: int | None = None)
         names = [next(others if i % size else masked) for i in range(-(-room // size) * size)]
 
     def batches(pool: list[str], length: int, **how: Any) -> list[Case]:
-        rows = [(pool[i % len(pool)], seed + i) for i in range(max(room, len(names)))]
+        rows = [(pool[i % len(pool)], seed + i) for i in range(len(names))]
         found = [tuple(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
         return [Case(op, dtype, length, batch, **how, **schedule) for batch in found]
 

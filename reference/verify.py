@@ -358,9 +358,9 @@ def _run_variants(part: _Part, device: torch.device, outcome: _Outcome, say: Say
     """Every launch configuration of a few lengths, each held to the truth: so all of them agree."""
     names = ("values", "grad scores", "grad k", "grad eps", "replays bitwise", "guard bands")
     every = _imported(part.variants)(part.op, part.dtype, part.device)
-    for name, n, target in itertools.islice(every, part.share, None, VARIANT_SHARES):
+    for name, n, target, most in itertools.islice(every, part.share, None, VARIANT_SHARES):
         text = f"{part.op} {part.dtype}, {name}"
-        for case in proof_cases(part.op, part.dtype, n, part.seed):
+        for case in proof_cases(part.op, part.dtype, n, part.seed, most):
             say(text, 0, case)
             for finding in examine(target, case, device, only=names):
                 text_of = f"{name}: {finding.to_text()}" if not finding.holds else ""
@@ -698,8 +698,9 @@ def run(
         facets: the names of those to run, of ``SENTENCES``; None is all.
         where: operator -> "module:function", where processes import the implementations from, and the code that reproduces a
             failure. None: they are in this process only, and so is the run; the code then names coordroute's own.
-        variants: "module:function" of a function (op, dtype, device) -> iterable of (name, n, implementation): other launches of
-            the same operator, which are held to the same truth. None: there are none.
+        variants: "module:function" of a function (op, dtype, device) -> iterable of (name, n, implementation, most): other launches
+            of the same operator, which are held to the same truth, on batches of at most so many rows or of any (None). None: there
+            are none.
         workers: processes, each running one part at a time; None is :func:`default_workers`, 1 is this one.
         seconds: begin no further part after so long, and say which facets were cut short.
 

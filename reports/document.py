@@ -430,11 +430,9 @@ def _method(evidence: Evidence) -> list[Block]:
         for phase, spent in phases.items():
             say(f"autotune: {phase}", text.duration(spent))
         for kind, one in (evidence.autotune.get("requests") or {}).items():
-            longest = f"the longest {text.duration(one['longest'])}" + (
-                f" ({one['longest_about']})" if one["longest_about"] else ""
-            )
-            said = f"{text.several(one['requests'], 'request')}, {text.duration(one['seconds'])} in all, {longest}"
-            say(f"autotune: {kind}, by all processes", said)
+            about = f" ({one['longest_about']})" if one["longest_about"] else ""
+            cost = f"{text.duration(one['seconds'])} in all, the longest {text.duration(one['longest'])}{about}"
+            say(f"autotune: {kind}, by all processes", f"{text.several(one['requests'], 'request')}, {cost}")
         lookup = evidence.autotune.get("lookup")
         if lookup is not None:
             say("autotune: a lookup that was made before", f"{text.count(lookup['lookup_ns'])} ns at the median")

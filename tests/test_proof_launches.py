@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from coordroute.autotune import binaries, proof
+from coordroute.autotune import binaries, proof, variants
 from coordroute.kernels import coordinate_descent, soft_topk
 from coordroute.kernels.config import DIRECTIONS, OPS, Key, LaunchConfig, heuristic
 from coordroute.reference import verify
@@ -62,6 +62,13 @@ def test_what_a_proof_launches_is_compiled_ahead(op, rows, n, config):
     assert launched == ahead and len(ahead) == (5 if most is None else 7)
     if most is not None:
         assert {dict(constants)["PROGRAMS"] for _, _, constants in launched} == {"16"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_suite_launches_programs_that_share_rows_as_they_are_shipped_too(op):
+    found = [(name, n, most) for name, n, _, most in variants.variants(op, "float32", "cuda")]
+    shared = [name.startswith("split") for name, _, _ in found]
+    assert any(shared) and [most for _, _, most in found] == [4 if is_shared else None for is_shared in shared]
 
 
 def test_nothing_is_compiled_ahead_on_a_cpu():
