@@ -195,7 +195,7 @@ def _per_thread(key: Key, words: int) -> int:
     if not _many(key) and key.n <= 1024:
         return min(16 if half and key.direction == "backward" else 8, few)
     if key.direction == "backward":
-        return min(64 if _many(key) and key.n >= 8192 else 32, few)
+        return min(32, few)
     if key.n < 2048:
         return min(64 if cells >= 1 << 21 else 32, few)
     return 64 if _many(key) or key.n >= 8192 else 32

@@ -116,6 +116,38 @@ def _recentre(largest, a, scale):
 
 
 @triton.jit
+def _examine(
+    scores_ptr, mask_ptr, rows, start, end, stride, mask_stride,
+    HAS_MASK: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The number of valid entries and of NaN, the sum of the valid ones and the largest, of a share of odd rows; all [ROWS].
+
+    Rows with NaN or infinities are rare: in narrow tiles, so that the registers of the kernel are not more for their sake.
+    """
+    cols = columns(1, LANES, VEC)
+    n_valid = tl.zeros([ROWS], tl.int32)
+    n_nan = tl.zeros([ROWS], tl.int32)
+    total = tl.zeros([ROWS], COMPUTE)
+    largest = tl.full([ROWS], float("-inf"), COMPUTE)
+    for tile in range(start, end, LANES * VEC):
+        s = load_tile(scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
+        valid = s > float("-inf")
+        n_valid += row_sum(valid.to(tl.int32))
+        n_nan += row_sum((s != s).to(tl.int32))
+        total += row_sum(tl.where(valid, s, 0.0))
+        largest = tl.maximum(largest, row_max(tl.where(valid, s, float("-inf"))))
+    return n_valid.to(COMPUTE), n_nan, total, largest
+
+
+@triton.jit
+def _out_of_reach(q, top):
+    """Whether the threshold has left the centre's neighbourhood: flags [R]."""
+    near = tl.minimum(q, top)
+    return (near > REACH) | (near * REACH < 1.0)
+
+
+@triton.jit
 def _last_quiet(largest, mean, log_ratio, easy, n_iters, eps, eps_init, eps_decay):
     """The last iteration of each row [R] up to which certainly no entry is clamped; 0 where there is none."""
     floor = tl.full((), eps, tl.float64)
@@ -148,9 +180,27 @@ def _over_programs(
 
 
 @triton.jit
-def _store_state(states_ptr, rows, stored, n_states, a, bad, dead, live):
+def _store_state(states_ptr, rows, stored, n_states, a, bad, dead, mine):
     value = tl.where(bad, float("nan"), tl.where(dead, float("-inf"), a))
-    tl.store(states_ptr + rows * n_states + stored, value, mask=live)
+    tl.store(states_ptr + rows * n_states + stored, value, mask=mine)
+
+
+@triton.jit
+def _totals_to_states(states_ptr, rows, begin, end, n_states, largest, centre, e, log_k, bad, dead, mine):
+    """Makes states of what stands in their places from ``begin`` to ``end``: sums around ``centre``, or -1 for a quiet start.
+
+    An iteration of the tail needs no logarithm of its own, only its state does; here the threads share them, one or two each.
+    """
+    BATCH: tl.constexpr = max(32 // max(rows.shape[0], 2), 1)
+    tl.debug_barrier()
+    for batch in range(begin, end, BATCH):
+        which = batch + tl.arange(0, BATCH)[None, :]
+        inside = mine[:, None] & (which < end)
+        at = states_ptr + rows[:, None] * n_states + which
+        total = tl.load(at, mask=inside, other=1.0)
+        a = tl.where(total < 0, -largest[:, None], _next_a(tl.abs(total), centre[:, None], e, log_k[:, None]))
+        a = tl.where(bad[:, None], float("nan"), tl.where(dead[:, None], float("-inf"), a))
+        tl.store(at, a, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_rows", "k_stride", "t_tail", "n_iters", "base", "remainder", "segments"])
@@ -224,6 +274,8 @@ def _iterate(
         n_states = segments
     rows = group * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
+    # of programs that share a row the first stores its states
+    mine = live & (part == 0)
     # a program's rows beyond the last repeat it, unstored
     rows = tl.minimum(rows, n_rows - 1)
     if PROGRAMS > 1:
@@ -240,15 +292,19 @@ def _iterate(
         s = load_tile(
             scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE
         )
-        valid = (s > float("-inf")).to(COMPUTE)
         if EVEN and not HAS_MASK:
-            n_valid, total = row_sums(valid, s)
+            # a finite sum has no entry that is not valid
+            n_valid = tl.full([ROWS], BLOCK, COMPUTE)
+            total = row_sum(s)
         else:
-            n_valid, total = row_sums(valid, tl.where(s == float("-inf"), 0.0, s))
-        if _any(~(tl.abs(total) < float("inf"))):
-            n_nan = row_sum((s != s).to(tl.int32))
-            total = row_sum(tl.where(s > float("-inf"), s, 0.0))
-            largest = row_max(tl.where(s == s, s, float("-inf")))
+            n_valid, total = row_sums((s > float("-inf")).to(COMPUTE), tl.where(s == float("-inf"), 0.0, s))
+        odd = ~(tl.abs(total) < float("inf"))
+        if _any(odd):
+            n_valid, n_nan, of_odd, largest = _examine(
+                scores_ptr, mask_ptr, rows, start, end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE, ROWS, LANES, VEC
+            )
+            # added up in another order, which is not to be seen in the rows beside them
+            total = tl.where(odd, of_odd, total)
         else:
             largest = row_max(s)
     else:
@@ -341,7 +397,7 @@ def _iterate(
         a = tl.where(t < quiet, -largest, a)
         eps_t = tl.maximum(eps_t * eps_decay, floor)
         if t + 1 == next_store:
-            _store_state(states_ptr, rows, stored, n_states, a, bad, dead, live)
+            _store_state(states_ptr, rows, stored, n_states, a, bad, dead, mine)
             stored += 1
             if RECOMPUTE:
                 next_store += 1
@@ -356,29 +412,34 @@ def _iterate(
             share = 1.0 / tl.maximum(tl.where(easy, 1.0, k), tl.zeros_like(k) + K_FLOOR)
             centre, q, top = _recentre(largest, a, scale)
             w = tl.exp2((s - spread(centre)) * scale)
-            for t in range(tl.maximum(begin, t_tail), stop):
-                total = row_sum(tl.minimum(w, spread(q)))
-                if PROGRAMS > 1:
-                    total, alive = _over_programs(words_ptr, total, part, epoch, alive, COOPERATIVE, PROGRAMS, P_BLOCK, RING)
-                    epoch += 1
-                total = tl.where(easy, 1.0, total)
-                q = tl.where(t < quiet, top, total * share)
-                if t + 1 == next_store:
-                    a = tl.where(t < quiet, -largest, _next_a(total, centre, e, log_k))
-                    _store_state(states_ptr, rows, stored, n_states, a, bad, dead, live)
-                    stored += 1
-                    if RECOMPUTE:
-                        next_store += 1
-                    else:
-                        next_store += base + (stored < remainder).to(tl.int32)
-                near = tl.minimum(q, top)
-                far = (near > REACH) | (near * REACH < 1.0)
-                if _any(far):
-                    a = tl.where(t < quiet, -largest, _next_a(total, centre, e, log_k))
+            t = tl.maximum(begin, t_tail)
+            while t < stop:
+                before = stored
+                far = t < begin
+                while (t < stop) & ~far:
+                    total = row_sum(tl.minimum(w, spread(q)))
+                    if PROGRAMS > 1:
+                        total, alive = _over_programs(words_ptr, total, part, epoch, alive, COOPERATIVE, PROGRAMS, P_BLOCK, RING)
+                        epoch += 1
+                    total = tl.where(easy, 1.0, total)
+                    q = tl.where(t < quiet, top, total * share)
+                    if t + 1 == next_store:
+                        tl.store(states_ptr + rows * n_states + stored, tl.where(t < quiet, -1.0, total), mask=mine)
+                        stored += 1
+                        if RECOMPUTE:
+                            next_store += 1
+                        else:
+                            next_store += base + (stored < remainder).to(tl.int32)
+                    far = _any(_out_of_reach(q, top))
+                    t += 1
+                _totals_to_states(states_ptr, rows, before, stored, n_states, largest, centre, e, log_k, bad, dead, mine)
+                if far:
+                    which = _out_of_reach(q, top)
+                    a = tl.where(t <= quiet, -largest, _next_a(total, centre, e, log_k))
                     moved, new_q, new_top = _recentre(largest, a, scale)
-                    centre = tl.where(far, moved, centre)
-                    q = tl.where(far, new_q, q)
-                    top = tl.where(far, new_top, top)
+                    centre = tl.where(which, moved, centre)
+                    q = tl.where(which, new_q, q)
+                    top = tl.where(which, new_top, top)
                     x = load_tile(
                         scores_ptr, mask_ptr, rows, start + cols, start + cols < end, scores_stride, mask_stride,
                         HAS_MASK, EVEN, COMPUTE,
@@ -386,9 +447,7 @@ def _iterate(
                     w = tl.exp2((x - spread(centre)) * scale)
             if not RECOMPUTE:
                 lam = tl.minimum(w * spread(1.0 / q), 1.0)
-                if _any(easy):
-                    lam = tl.where(spread(dead), 0.0, lam)
-                    lam = tl.where(spread(bad), float("nan"), lam)
+                lam = tl.where(spread(easy), spread(tl.where(bad, float("nan"), 0.0)), lam)
                 inside = spread(live) if EVEN else spread(live) & (start + cols < end)
                 tl.store(lam_ptr + spread(rows * n_cols) + start + cols, lam.to(lam_ptr.dtype.element_ty), mask=inside)
     elif not RECOMPUTE:
@@ -427,16 +486,34 @@ def _load_both(
 
 
 @triton.jit
-def _tail_exp(s, centre, scale):
-    """exp((s - c)/eps_T) where an entry is unclamped anywhere in the tail; 1 elsewhere."""
-    return tl.exp2(tl.minimum(s - spread(centre), 0.0) * scale)
+def _far(x):
+    """A number of x's type that is beyond every distance, and 3 times that is a number too."""
+    return 1e307 if x.dtype == tl.float64 else 1e38
 
 
 @triton.jit
-def _last_weight(s, g, w, a_last, centre, scale, inv_eps):
+def _distance(s, centre):
+    """s - c of a tile, at most ``_far``: an entry above every threshold counts, its value does not."""
+    return tl.minimum(s - spread(centre), tl.full((), _far(s), s.dtype))
+
+
+@triton.jit
+def _height(a, centre):
+    """The threshold -a above the centre, [R]: an entry is clamped where its distance is more."""
+    return -(a + centre)
+
+
+@triton.jit
+def _tail_exp(d, scale):
+    """exp((s - c)/eps_T) where an entry is unclamped anywhere in the tail; 1 elsewhere."""
+    return tl.exp2(tl.minimum(d, 0.0) * scale)
+
+
+@triton.jit
+def _last_weight(d, g, w, height, scale, inv_eps):
     """[i in U_T] g_i lam_i / eps_T over w; an entry of no weight has no part in it, whatever its g."""
-    factor = tl.exp2((a_last + centre) * scale) * inv_eps
-    return tl.where((s <= spread(-a_last)) & (w > 0), g * spread(factor), 0.0)
+    factor = tl.exp2(-height * scale) * inv_eps
+    return tl.where((d <= spread(height)) & (w > 0), g * spread(factor), 0.0)
 
 
 @triton.jit
@@ -446,24 +523,28 @@ def _clamp_mass(count, a, a_next, scale, log2_k):
 
 
 @triton.jit
-def _tail_weight(mass, a_next, centre, scale, log2_k):
+def _tail_weight(mass, next_height, scale, log2_k):
     """A_{t+1} p_i over exp((s_i - c)/eps)."""
-    return tl.where(mass != 0, mass * tl.exp2((a_next + centre) * scale - log2_k), 0.0)
+    return tl.where(mass != 0, mass * tl.exp2(-next_height * scale - log2_k), 0.0)
 
 
 @triton.jit
-def _subtract(ds, s, a, a_next, scale, log2_k, mass):
-    """ds - [i in U_t] A_{t+1} p."""
-    free = tl.where(s <= spread(-a), s, float("-inf"))
-    return ds - spread(mass) * tl.exp2((free + spread(a_next)) * scale - spread(log2_k))
+def _subtract(ds, d, height, next_height, scale, log2_k, mass):
+    """ds - [i in U_t] A_{t+1} p.
+
+    The exponent is one multiply-add of a distance: what it adds to all entries is small, for thresholds lie close beside eps, and
+    is rounded once. Another multiply-add moves the clamped entries to where an exponential is 0.
+    """
+    far = tl.full((), _far(d), d.dtype)
+    offset = tl.minimum(tl.maximum(-next_height * scale - log2_k, -far), far)
+    free = (d > spread(height)).to(d.dtype) * (-3.0 * far) + d
+    return ds - spread(mass) * tl.exp2(free * scale + spread(offset))
 
 
 @triton.jit
-def _store_ds(dscores_ptr, rows, n_cols, cols, s, ds, bad, dead, inside):
-    ds = tl.where(s > float("-inf"), ds, 0.0)
-    if _any(bad | dead):
-        ds = tl.where(spread(dead), 0.0, ds)
-        ds = tl.where(spread(bad), float("nan"), ds)
+def _store_ds(dscores_ptr, rows, n_cols, cols, d, ds, bad, dead, inside):
+    ds = tl.where(d > float("-inf"), ds, 0.0)
+    ds = tl.where(spread(bad | dead), spread(tl.where(bad, float("nan"), 0.0)), ds)
     tl.store(dscores_ptr + spread(rows * n_cols) + cols, ds.to(dscores_ptr.dtype.element_ty), mask=inside)
 
 
@@ -546,15 +627,16 @@ def _backward(
     e = tl.full((), eps_last, tl.float64).to(COMPUTE)
     scale = _exp2_scale(e)
     centre, tail = _tail_centre(a_next, a_tail, scale, n_iters, t_tail)
-    w = _tail_exp(s, centre, scale)
-    ds = _last_weight(s, g, w, a_next, centre, scale, 1.0 / e)
+    d = _distance(s, centre)
+    w = _tail_exp(d, scale)
+    ds = _last_weight(d, g, w, _height(a_next, centre), scale, 1.0 / e)
     product = w * ds
     if REPS == 1:
         # a small tile may have one entry a thread: no product may meet another thread's sum, see rows.py
         product = tl.where(w > 0, product, 0.0)
     n_valid = k_given
     if CLAMP_K:
-        mass, n_valid = row_sums(product, (s > float("-inf")).to(COMPUTE))
+        mass, n_valid = row_sums(product, (d > float("-inf")).to(COMPUTE))
     else:
         mass = row_sum(product)
     mass = tl.where(bad | dead, 0.0, mass)
@@ -562,24 +644,26 @@ def _backward(
     log2_k = _log_budget(k, bad | dead) * LOG2E
     dlogk = tl.zeros([ROWS], COMPUTE)
 
-    # --- the tail: ds is over w
+    # --- the tail: ds is over w. A row alone in its program has one or is not here; else each row looks on where it has none
+    alone: tl.constexpr = ROWS == 1
     t = n_iters - 1
     a = _load_state(states_ptr, rows, live, t, n_iters)
     going = _any(mass != 0)
-    while (t >= t_tail) & going:
+    shared = _any(tail)
+    while (t >= t_tail) & going & shared:
         a_before = _load_state(states_ptr, rows, live, t - 1, n_iters)
-        free = (s <= spread(-a)).to(COMPUTE)
-        weight = tl.where(tail, mass, 0.0)
+        free = (d <= spread(_height(a, centre))).to(COMPUTE)
+        weight = mass if alone else tl.where(tail, mass, 0.0)
         dlogk += weight * e
-        ds -= free * spread(_tail_weight(weight, a_next, centre, scale, log2_k))
-        count = BLOCK - row_sum(free)
-        mass = tl.where(tail, mass * _clamp_mass(count, a, a_next, scale, log2_k), mass)
-        a_next = tl.where(tail, a, a_next)
+        ds -= free * spread(_tail_weight(weight, _height(a_next, centre), scale, log2_k))
+        passed = mass * _clamp_mass(BLOCK - row_sum(free), a, a_next, scale, log2_k)
+        mass = passed if alone else tl.where(tail, passed, mass)
+        a_next = a if alone else tl.where(tail, a, a_next)
         a = a_before
         t -= 1
         going = _any(mass != 0)
-    # a centre that the compiler does not know to be the same: an exponential more is cheaper than to keep w
-    ds *= _tail_exp(s, tl.where(t < n_iters, centre, 0.0), scale)
+    # a bound that the compiler does not know to be 0: an exponential more is cheaper than to keep w
+    ds *= tl.exp2(tl.minimum(d, tl.where(t < n_iters, 0.0, 1.0)) * scale)
 
     # --- before it, or in place of it
     if (t_tail < n_iters) & _any(~tail):
@@ -593,17 +677,19 @@ def _backward(
         scale = _exp2_scale(e)
         u = tl.where(t >= t_floor, u, u * eps_growth)
         on = (t < t_tail) | ~tail
-        weight = tl.where(on, mass, 0.0)
+        weight = mass if alone else tl.where(on, mass, 0.0)
         dlogk += weight * e
         # compared once more: cheaper than to keep what the update finds
-        count = row_sum((s > spread(-a)).to(COMPUTE))
-        ds = _subtract(ds, s, a, a_next, scale, log2_k, weight)
-        mass = tl.where(on, mass * _clamp_mass(count, a, a_next, scale, log2_k), mass)
-        a_next = tl.where(on, a, a_next)
+        height = _height(a, centre)
+        count = row_sum((d > spread(height)).to(COMPUTE))
+        ds = _subtract(ds, d, height, _height(a_next, centre), scale, log2_k, weight)
+        passed = mass * _clamp_mass(count, a, a_next, scale, log2_k)
+        mass = passed if alone else tl.where(on, passed, mass)
+        a_next = a if alone else tl.where(on, a, a_next)
         a = a_before
         t -= 1
         going = _any(mass != 0)
-    _store_ds(dscores_ptr, rows, n_cols, cols, s, ds, bad, dead, spread(live) if EVEN else spread(live) & inside)
+    _store_ds(dscores_ptr, rows, n_cols, cols, d, ds, bad, dead, spread(live) if EVEN else spread(live) & inside)
     dlogk += mass * tl.full((), eps_init, tl.float64).to(COMPUTE)
     _store_dk(dk_ptr, rows, dlogk, k, k_given, n_valid, bad, dead, live, CLAMP_K)
 
@@ -686,6 +772,7 @@ def _backward_shared(
     e_last = tl.full((), eps_last, tl.float64).to(COMPUTE)
     last_scale = _exp2_scale(e_last)
     centre, tail = _tail_centre(a_last, a_tail, last_scale, n_iters, t_tail)
+    last_height = _height(a_last, centre)
 
     if PHASE == SUMS:
         counts = tl.zeros([ROWS, T_BLOCK], tl.int32)
@@ -697,8 +784,9 @@ def _backward_shared(
                 HAS_MASK, EVEN, COMPUTE,
             )  # fmt: skip
             valid_acc += fold((s > float("-inf")).to(tl.int32))
-            w = _tail_exp(s, centre, last_scale)
-            mass_acc += fold(w * _last_weight(s, g, w, a_last, centre, last_scale, 1.0 / e_last))
+            d = _distance(s, centre)
+            w = _tail_exp(d, last_scale)
+            mass_acc += fold(w * _last_weight(d, g, w, last_height, last_scale, 1.0 / e_last))
             # two counts an exchange between the threads
             for t in range(1, n_iters, 2):
                 a = _load_state(states_ptr, rows, live, t, n_iters)
@@ -757,27 +845,28 @@ def _backward_shared(
                     scores_ptr, grad_ptr, mask_ptr, rows, tile + cols, tile + cols < end, scores_stride, grad_stride,
                     mask_stride, HAS_MASK, EVEN, COMPUTE,
                 )  # fmt: skip
-            w = _tail_exp(s, centre, last_scale)
-            ds = _last_weight(s, g, w, a_last, centre, last_scale, 1.0 / e_last)
-            a_next = a_last
+            d = _distance(s, centre)
+            w = _tail_exp(d, last_scale)
+            ds = _last_weight(d, g, w, last_height, last_scale, 1.0 / e_last)
+            next_height = last_height
             t = n_iters - 1
             while (t >= t_tail) & (t > last) & shared:
-                a = _load_state(states_ptr, rows, live, t, n_iters)
-                free = (s <= spread(-a)).to(COMPUTE)
-                ds -= free * spread(_tail_weight(_at(masses, steps, t), a_next, centre, last_scale, log2_k))
-                a_next = a
+                height = _height(_load_state(states_ptr, rows, live, t, n_iters), centre)
+                free = (d <= spread(height)).to(COMPUTE)
+                ds -= free * spread(_tail_weight(_at(masses, steps, t), next_height, last_scale, log2_k))
+                next_height = height
                 t -= 1
             ds *= w
             u = tl.full((), eps_above, tl.float64)
             while t > last:
                 e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
                 u = tl.where(t >= t_floor, u, u * eps_growth)
-                a = _load_state(states_ptr, rows, live, t, n_iters)
-                ds = _subtract(ds, s, a, a_next, _exp2_scale(e), log2_k, _at(masses, steps, t))
-                a_next = a
+                height = _height(_load_state(states_ptr, rows, live, t, n_iters), centre)
+                ds = _subtract(ds, d, height, next_height, _exp2_scale(e), log2_k, _at(masses, steps, t))
+                next_height = height
                 t -= 1
             inside = spread(live) if EVEN else spread(live) & (tile + cols < end)
-            _store_ds(dscores_ptr, rows, n_cols, tile + cols, s, ds, bad, dead, inside)
+            _store_ds(dscores_ptr, rows, n_cols, tile + cols, d, ds, bad, dead, inside)
         _store_dk(dk_ptr, rows, dlogk, k, k_given, n_valid, bad, dead, live & (part == 0), CLAMP_K)
 
 

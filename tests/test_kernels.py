@@ -11,6 +11,7 @@ A row with a kink within rounding has no unique gradient; it is left out and cou
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -552,6 +553,76 @@ def test_every_number_of_segments_gives_the_same_bits(config: LaunchConfig, n_it
         ds, dk = coordinate_descent.coordinate_descent_backward(t["grad"], t["scores"], states, t["k"], t["mask"], *how, config)
         found.add((bits(lam), bits(states[:, -1]), bits(ds), bits(dk)))
     assert len(found) == 1
+
+
+def states_in_float64(s: Array, k: float, n_iters: int, eps: float) -> Array:
+    """a_1 … a_T of rows [R, n] at a constant eps, [R, T]."""
+    a = np.full(len(s), eps * math.log(k / s.shape[1]))
+    found = [a]
+    for _ in range(n_iters - 1):
+        x = np.minimum(s, -a[:, None])
+        shift = x.max(axis=1)
+        a = eps * (math.log(k) - np.log(np.exp((x - shift[:, None]) / eps).sum(axis=1))) - shift
+        found.append(a)
+    return np.stack(found, axis=1)
+
+
+@pytest.mark.parametrize("rows_per_program", [1, 4])
+def test_a_long_tail_whose_threshold_moves_far(rows_per_program: int) -> None:
+    """At a constant eps all iterations but the first are the tail: its sums become states in batches, around other centres.
+
+    Rows that move by many eps stand beside one that hardly moves and one that is NaN: no row's states depend on its neighbours.
+    """
+    n, k, n_iters, eps = 48, 5.0, 70, 0.02
+    s = torch.randn(4, n, generator=torch.Generator().manual_seed(3))
+    s[1] *= 0.01
+    s[2, 7] = torch.nan
+    s[3] += 0.5
+    whole = [0, 1, 3]
+    rows = s[whole].double().numpy()
+    wanted = states_in_float64(rows, k, n_iters, eps)
+    top = -rows.max(axis=1, keepdims=True)
+    moved = (wanted[:, 0] - wanted[:, -1]) / eps
+    assert moved[[0, 2]].min() > 2 * math.log(coordinate_descent.REACH.value) > 2 * moved[1]
+    how = (n_iters, eps, eps, 1.0, False)
+    config = resident(n, rows_per_program)
+    # each iteration adds a few roundings of a sum's logarithm and of a, and none is made larger by those after it
+    limit = n_iters * 4 * 2.0**-24 * (np.abs(wanted).max() + eps * math.log(n))
+    last = set()
+    for segments in (n_iters, 17, 1):
+        _, states = coordinate_descent.coordinate_descent_forward(s.to(DEVICE), k, None, *how, segments, config)
+        assert torch.isnan(states[2]).all()
+        found = states[whole].double().cpu().numpy()
+        ends = np.cumsum([n_iters // segments + (i < n_iters % segments) for i in range(segments)]) - 1
+        # where no entry is clamped yet the state may be minus the largest score, which clamps none either
+        quiet = (found == top) & (wanted[:, ends] <= top)
+        assert np.where(quiet, 0.0, np.abs(found - wanted[:, ends])).max() <= limit
+        last.add(bits(states[:, -1]))
+        if segments == n_iters:
+            alone = [
+                coordinate_descent.coordinate_descent_forward(row[None].to(DEVICE), k, None, *how, n_iters, config)[1] for row in s
+            ]
+            assert bits(torch.cat(alone)) == bits(states)
+    assert len(last) == 1
+
+
+@pytest.mark.parametrize("config", [resident(8), tiled(8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_entry_far_above_every_threshold(dtype: torch.dtype, config: LaunchConfig) -> None:
+    """It is clamped in every iteration: weight 1, gradient 0, and whatever its size it counts as the same in its neighbours'."""
+    found = []
+    for large in (1e3, 1e30, torch.finfo(dtype).max):
+        s = torch.tensor([[0.3, large, -0.2, 0.1, 0.25, -1.0, 0.6, 0.0]], dtype=dtype, device=DEVICE)
+        grad = torch.linspace(-1.0, 1.0, 8, dtype=dtype, device=DEVICE)[None]
+        how = (12, 0.1, 1.0, 0.7, False)
+        lam, states = coordinate_descent.coordinate_descent_forward(s, 3.0, None, *how, 12, config)
+        ds, dk = coordinate_descent.coordinate_descent_backward(grad, s, states, 3.0, None, *how, config)
+        assert lam[0, 1] == 1.0 and ds[0, 1] == 0.0
+        assert torch.isfinite(ds).all() and ds.abs().sum() > 0.0
+        found.append((lam, states, ds, dk))
+    for other in found[1:]:
+        for mine, wanted in zip(other, found[0], strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)
 
 
 @pytest.mark.parametrize("op", OPS)

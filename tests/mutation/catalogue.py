@@ -622,10 +622,14 @@ descent(
     "descent: rows beyond the last",
     "the rows of the last program beyond the end of the batch are worked on and stored",
     """    live = rows < n_rows
+    # of programs that share a row the first stores its states
+    mine = live & (part == 0)
     # a program's rows beyond the last repeat it, unstored
     rows = tl.minimum(rows, n_rows - 1)
 """,
     """    live = rows >= 0
+    # of programs that share a row the first stores its states
+    mine = live & (part == 0)
     # a program's rows beyond the last repeat it, unstored
     rows = rows + 0
 """,
@@ -706,8 +710,20 @@ descent(
 descent(
     "descent: not recentred",
     "the exponential of the tail is never made anew where the threshold has moved away from it",
-    "                far = (near > REACH) | (near * REACH < 1.0)",
-    "                far = (near > REACH) & (near * REACH < 1.0)",
+    "    return (near > REACH) | (near * REACH < 1.0)",
+    "    return (near > REACH) & (near * REACH < 1.0)",
+)
+descent(
+    "descent: sums left in the last state",
+    "the last of the tail's sums in a batch is not made a state",
+    "        inside = mine[:, None] & (which < end)\n        at = states_ptr",
+    "        inside = mine[:, None] & (which < end - 1)\n        at = states_ptr",
+)
+descent(
+    "descent: quiet tail not seen",
+    "the mark of a quiet iteration in the tail is taken for a sum",
+    "        a = tl.where(total < 0, -largest[:, None],",
+    "        a = tl.where(total < -2, -largest[:, None],",
 )
 descent(
     "descent: quiet too long",
@@ -743,8 +759,8 @@ descent(
 descent(
     "descent: -inf counted",
     "-inf and masked entries are counted in the first iteration",
-    '        valid = (s > float("-inf")).to(COMPUTE)\n        if EVEN',
-    '        valid = (s >= float("-inf")).to(COMPUTE)\n        if EVEN',
+    '        valid = s > float("-inf")\n        if EVEN',
+    '        valid = s >= float("-inf")\n        if EVEN',
 )
 descent(
     "descent: sum of one tile",
@@ -797,26 +813,26 @@ descent(
 descent(
     "descent: sign of p",
     "what the iterations take off the gradient is added",
-    "    return ds - spread(mass) * tl.exp2((free + spread(a_next)) * scale - spread(log2_k))",
-    "    return ds + spread(mass) * tl.exp2((free + spread(a_next)) * scale - spread(log2_k))",
+    "    return ds - spread(mass) * tl.exp2(free * scale + spread(offset))",
+    "    return ds + spread(mass) * tl.exp2(free * scale + spread(offset))",
 )
 descent(
     "descent: clamped entries have a gradient",
     "the gradient of an iteration does not stop at clamped entries",
-    '    free = tl.where(s <= spread(-a), s, float("-inf"))',
-    "    free = tl.minimum(s, spread(-a))",
+    "    free = (d > spread(height)).to(d.dtype) * (-3.0 * far) + d",
+    "    free = tl.minimum(d, spread(height))",
 )
 descent(
     "descent: saturated entries have a gradient",
     "the gradient does not stop at lam = 1",
-    "    return tl.where((s <= spread(-a_last)) & (w > 0), g * spread(factor), 0.0)",
+    "    return tl.where((d <= spread(height)) & (w > 0), g * spread(factor), 0.0)",
     "    return tl.where(w > 0, g * spread(factor), 0.0)",
 )
 descent(
     "descent: gradient of masked entries",
     "what the incoming gradient holds at masked entries is multiplied by 0, and not left out",
-    "    return tl.where((s <= spread(-a_last)) & (w > 0), g * spread(factor), 0.0)",
-    "    return tl.where(s <= spread(-a_last), g * spread(factor), 0.0)",
+    "    return tl.where((d <= spread(height)) & (w > 0), g * spread(factor), 0.0)",
+    "    return tl.where(d <= spread(height), g * spread(factor), 0.0)",
 )
 descent(
     "descent: chain turned around",
@@ -827,8 +843,8 @@ descent(
 descent(
     "descent: padding counted as clamped",
     "the count of clamped entries is that of the columns, and not of the tile, less the free ones",
-    "        count = BLOCK - row_sum(free)",
-    "        count = n_cols - row_sum(free)",
+    "        passed = mass * _clamp_mass(BLOCK - row_sum(free), a, a_next, scale, log2_k)",
+    "        passed = mass * _clamp_mass(n_cols - row_sum(free), a, a_next, scale, log2_k)",
 )
 descent(
     "descent: counted in both loops",
