@@ -518,7 +518,8 @@ def _parser() -> argparse.ArgumentParser:
         AUTOTUNE,
         "  coordroute autotune\n"
         "  coordroute autotune --device cuda:1 --effort full\n"
-        "  coordroute autotune --output my-gpu.json --json autotune.json\n",
+        "  coordroute autotune --output my-gpu.json --json autotune.json\n"
+        "  coordroute autotune --effort full --only soft_topk --dtypes bfloat16\n",
     )
     add_device(one)
     text = "quick is a matter of minutes; full tries more shapes, dtypes and candidates (default: %(default)s)"
@@ -530,6 +531,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="look at every candidate, instead of going on with an interrupted run or from what the file chose before",
     )
+    text = f"tune these operators alone, of {', '.join(OPS)}; what the file has of others stays"
+    one.add_argument("--only", metavar="OP,...", type=_some_of(OPS), help=text)
+    text = "tune these dtypes alone, likewise, of those that the effort has"
+    one.add_argument("--dtypes", metavar="DTYPE,...", type=_some_of(DTYPES), help=text)
     add_json(one)
 
     one = add(
@@ -841,15 +846,18 @@ def _autotune(arguments: argparse.Namespace) -> int:
             raise Problem(f"{problem}; --output or COORDROUTE_CONFIG_DIR names another place") from problem
     if arguments.json not in (None, STDOUT) and Path(arguments.json).expanduser().resolve() == path.resolve():
         raise Problem(f"--json is {arguments.json!r}, which is the configuration file itself; allowed is another file")
+    groups = _groups(arguments, device)
     try:
         table = _KeyTable("coordroute autotune")
         with _crew() as crew, _working(arguments, table):
             if crew is not None:
                 device = _own_device(arguments, device, crew)
                 if crew.rank > 0:
-                    search.run(device, arguments.effort, path, arguments.fresh, crew=crew)
+                    search.run(device, arguments.effort, path, arguments.fresh, groups=groups, crew=crew)
                     return OK
-            evidence = search.run(device, arguments.effort, path, arguments.fresh, table, watch=table.watch, crew=crew)
+            evidence = search.run(
+                device, arguments.effort, path, arguments.fresh, table, groups=groups, watch=table.watch, crew=crew
+            )
             evidence["lookup"] = (
                 hosttime.lookup(device, [Key(**key["key"]) for key in evidence["keys"]]) if evidence["keys"] else None
             )
@@ -868,6 +876,26 @@ def _autotune(arguments: argparse.Namespace) -> int:
         raise Problem(f"{str(path)!r} cannot be written ({_reason(error)}); --output names another place") from error
     _finish(arguments, evidence, lambda: _show_autotune(evidence, device, path))
     return OK if evidence["keys"] and all(key["config"] for key in evidence["keys"]) else CHECK_FAILED
+
+
+def _groups(arguments: argparse.Namespace, device: torch.device) -> list[Any]:
+    """What is tuned: all of the effort, or what --only and --dtypes leave of it."""
+    from .autotune import device as devices
+    from .autotune import space
+
+    groups = space.groups(devices.backend(device), arguments.effort)
+    chosen = [
+        group
+        for group in groups
+        if group.op in (arguments.only or OPS) and (arguments.dtypes is None or group.dtype in arguments.dtypes)
+    ]
+    if not chosen:
+        allowed = ", ".join(dict.fromkeys(group.dtype for group in groups))
+        raise Problem(
+            f"--dtypes is {','.join(arguments.dtypes)!r}, of which effort {arguments.effort} tunes none on {device}; allowed are"
+            f" {allowed}"
+        )
+    return chosen
 
 
 @contextlib.contextmanager
@@ -996,6 +1024,9 @@ def _kept(arguments: argparse.Namespace, path: Path) -> str:
         words += ["--device", arguments.device]
     if arguments.effort != "quick":
         words += ["--effort", arguments.effort]
+    for option in ("only", "dtypes"):
+        if getattr(arguments, option) is not None:
+            words += [f"--{option}", ",".join(getattr(arguments, option))]
     if arguments.output is not None:
         words += ["--output", arguments.output]
     if arguments.json is not None:

@@ -140,6 +140,7 @@ def test_version(capsys):
         (["benchmark", "--device", "mps"], ["--device is 'mps'", "'cpu'"]),
         (["configs", "--device", "cuda:x"], ["--device is 'cuda:x'", "'cpu'"]),
         (["autotune", "--effort", "fast"], ["--effort is 'fast'; allowed is one of", "quick", "full"]),
+        (["autotune", "--only", "topk"], ["--only is", "names 'topk'", "soft_topk", "coordinate_descent"]),
         (["autotune", "--output", "."], ["--output is '.'", "is a folder", "path of a file"]),
         (["autotune", "--output", ""], ["--output is ''", "path of a file"]),
         (["autotune", "--output", "file/x.json"], ["--output is 'file/x.json'", "'file' is a file"]),
@@ -300,8 +301,9 @@ def evidence(*keys: dict, **changes: object) -> dict:
 def test_autotune_shows_what_was_tuned_and_how_to_see_what_serves(run, monkeypatch):
     asked = {}
 
-    def fake(device, effort, output, fresh, progress, *, watch, crew):
+    def fake(device, effort, output, fresh, progress, *, groups, watch, crew):
         asked.update(device=device, effort=effort, output=output, fresh=fresh)
+        assert groups == space.groups("cpu", "full")
         progress(4, 1, "timing something", 12.0)
         watch(search.KeyStatus(Key(**tuned()["key"]), "tuned", 40.0, 1.25))
         return evidence(tuned(), tuned("backward"), resumed=2, kept=3)
@@ -322,6 +324,27 @@ def test_autotune_shows_what_was_tuned_and_how_to_see_what_serves(run, monkeypat
     written = json.loads(Path("deep/evidence.json").read_text())
     assert written.pop("lookup") is not None
     assert written == evidence(tuned(), tuned("backward"), resumed=2, kept=3)
+
+
+def test_autotune_of_some_operators_and_dtypes(run, monkeypatch):
+    asked = []
+
+    def fake(*rest, groups, **more):
+        asked.append({(group.op, group.dtype) for group in groups})
+        return evidence(tuned())
+
+    monkeypatch.setattr(search, "run", fake)
+    for more, wanted in (
+        (("--only", "soft_topk"), {("soft_topk", "float32"), ("soft_topk", "bfloat16")}),
+        (("--dtypes", "bfloat16"), {("soft_topk", "bfloat16"), ("coordinate_descent", "bfloat16")}),
+        (("--only", "coordinate_descent,soft_topk", "--dtypes", "float16,float32"), {(op, "float32") for op in kernel_config.OPS}),
+        (("--only", "coordinate_descent", "--dtypes", "bfloat16"), {("coordinate_descent", "bfloat16")}),
+    ):
+        assert run("autotune", "--device", "cpu", "--effort", "full", *more)[0] == 0
+        assert asked.pop() == wanted
+    said = run("autotune", "--device", "cpu", "--dtypes", "float64")
+    one_line_error(said, "coordroute autotune", "--dtypes is 'float64'", "effort quick tunes none on cpu", "allowed are float32")
+    assert not asked
 
 
 def test_autotune_says_what_was_dropped_and_why_and_that_lookups_do_not_see_the_file(run, monkeypatch):
@@ -377,11 +400,14 @@ def test_interrupted_autotune_says_what_was_kept_and_how_to_go_on(run, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(search, "run", interrupted)
-    status, out, err = run("autotune", "--device", "cpu", "--effort", "full", "--fresh", "--output", output)
+    some = ("--only", "soft_topk", "--dtypes", "float32,bfloat16")
+    status, out, err = run("autotune", "--device", "cpu", "--effort", "full", "--fresh", *some, "--output", output)
     assert (status, out) == (130, "")
     assert "kept 2 tuned keys (in a b/x.json) and 3 measurements (in a b/.x.search.0.jsonl)" in err
     # --fresh would throw away what was kept
-    assert err.endswith("run it again without --fresh: coordroute autotune --device cpu --effort full --output 'a b/x.json'\n")
+    assert err.endswith(
+        f"run it again without --fresh: coordroute autotune --device cpu --effort full {' '.join(some)} --output 'a b/x.json'\n"
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be sent SIGINT there")

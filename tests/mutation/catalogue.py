@@ -720,12 +720,6 @@ descent(
     "        inside = mine[:, None] & (which < end - 1)\n        at = states_ptr",
 )
 descent(
-    "descent: quiet tail not seen",
-    "the mark of a quiet iteration in the tail is taken for a sum",
-    "        a = tl.where(total < 0, -largest[:, None],",
-    "        a = tl.where(total < -2, -largest[:, None],",
-)
-descent(
     "descent: quiet too long",
     "one iteration too many is taken for one in which nothing is clamped",
     "        last = tl.where(quiet, t, last)",
@@ -759,8 +753,8 @@ descent(
 descent(
     "descent: -inf counted",
     "-inf and masked entries are counted in the first iteration",
-    '        valid = s > float("-inf")\n        if EVEN',
-    '        valid = s >= float("-inf")\n        if EVEN',
+    'row_sums((s > float("-inf")).to(COMPUTE), tl',
+    'row_sums((s >= float("-inf")).to(COMPUTE), tl',
 )
 descent(
     "descent: sum of one tile",
