@@ -1,7 +1,8 @@
 """Launches Triton kernels, and spares a launch that was seen before most of the host's work.
 
 ``kernel[grid](…)`` binds, specialises and stringifies every argument on each call. Here the binary that a launch ran is
-remembered under all that it depends on, and the next launch of the kind runs it as Triton would.
+remembered under all that it depends on, and the next launch of the kind runs it as Triton would, but that tensors are given as
+addresses: Triton would ask the driver about each (``extractPointer`` in its backends' driver.c, of 3.6 and 3.7).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def launch(prepared: Prepared, pointers: tuple[torch.Tensor | None, ...], fracti
     The kind of a launch is: kernel and device; what Triton's own specialisation makes of each argument (dtype and alignment of
     a pointer, type of a number, whether an integer is 1 or a multiple of 16); constants and options. The ordinary path serves
     whatever is not known to be the same in every respect: the first of a kind, launch hooks, debugging, a cleared cache, a
-    changed global, an unknown release of Triton, and the interpreter.
+    changed global, a tensor that is not on a GPU, an unknown release of Triton, and the interpreter.
 
     Args:
         prepared: the launch but for what follows. The same object again spares the host most.
@@ -117,18 +118,25 @@ def launch(prepared: Prepared, pointers: tuple[torch.Tensor | None, ...], fracti
             launch(prepared, pointers, fractions)
         return
     cache = kernel.device_caches[device][0]
-    binary = prepared.aligned.get(device)
-    if binary is not None:
-        for pointer in pointers:
-            if pointer is not None and pointer.data_ptr() % 16:
-                binary = None
-                break
+    # an address that is given as a number is not looked up in the driver, one by one
+    addresses: list[int | None] = []
+    aligned = reachable = True
+    for pointer in pointers:
+        if pointer is None:
+            addresses.append(None)
+            continue
+        address = pointer.data_ptr()
+        aligned = aligned and not address % 16
+        reachable = reachable and pointer.is_cuda
+        addresses.append(address)
+    binary = prepared.aligned.get(device) if aligned else None
     if binary is None:
         binary = _binaries.get(_kind(prepared, pointers, fractions, device))
-        if binary is not None:
-            _keep(prepared, pointers, device, binary)
+        if binary is not None and aligned:
+            _keep(prepared, device, binary)
     if (
         binary is not None
+        and reachable
         and binary.cache is cache
         and cache.get(binary.cache_key) is binary.compiled
         and _undisturbed(kernel, binary.globals)
@@ -137,7 +145,7 @@ def launch(prepared: Prepared, pointers: tuple[torch.Tensor | None, ...], fracti
         # three times None: there are no hooks, and nothing to tell them
         binary.run(
             *prepared.sizes, stream, binary.function, binary.metadata, None, None, None,
-            *pointers, *fractions, *prepared.numbers, *binary.constants,
+            *addresses, *fractions, *prepared.numbers, *binary.constants,
         )  # fmt: skip
         return
     compiled = kernel[prepared.grid](*pointers, *fractions, *prepared.numbers, **prepared.constants)
@@ -154,10 +162,10 @@ def _kind(
     return (id(kernel), device, *kinds, *constants, *constants.values())
 
 
-def _keep(prepared: Prepared, pointers: tuple[torch.Tensor | None, ...], device: int, binary: _Binary) -> None:
+def _keep(prepared: Prepared, device: int, binary: _Binary) -> None:
+    """Remembers the binary of pointers that are all aligned, if the dtype and that are all that Triton asks of a pointer."""
     backend = prepared.kernel.device_caches[device][3]
-    plain = type(backend).get_tensor_specialization is BaseBackend.get_tensor_specialization
-    if plain and all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers):
+    if type(backend).get_tensor_specialization is BaseBackend.get_tensor_specialization:
         prepared.aligned[device] = binary
 
 
@@ -203,4 +211,5 @@ def _remember(
     used = tuple((namespace, name, namespace.get(name)) for (name, _), (_, namespace) in kernel.used_global_vals.items())
     binary = _Binary(kernel, compiled, cache, cache_key, compiled.run, compiled.function, compiled.packed_metadata, tail, used)
     _binaries[_kind(prepared, pointers, fractions, device)] = binary
-    _keep(prepared, pointers, device, binary)
+    if all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers):
+        _keep(prepared, device, binary)

@@ -139,7 +139,18 @@ def ordinary(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return seen
 
 
-X, Y = torch.zeros(256), torch.zeros(256)
+class OnGpu(torch.Tensor):
+    """A tensor that the launcher takes for one on a GPU."""
+
+    is_cuda = True
+
+
+X, Y = (torch.zeros(256).as_subclass(OnGpu) for _ in range(2))
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether a launch was given the same; the launcher may give a tensor's address in its place."""
+    return ours is theirs or ours == (theirs.data_ptr() if isinstance(theirs, torch.Tensor) else theirs)
 
 
 @pytest.fixture(params=("prepared once", "prepared anew"))
@@ -185,7 +196,7 @@ def test_the_second_launch_runs_the_binary(gpu: Driver, kernel: JITFunction, ord
     first, second, third, fourth = gpu.launches
     assert first[2] == second[2] == third[2] == fourth[2] and gpu.loaded == 1
     assert first[0] == (3, 1, 1) and second[0] == (2, 5, 1) and second[1] == 100
-    assert second[3:5] == first[3:5] and second[5][0] is Y and second[5][2:] == (2.5, 64, 64, True, 64)
+    assert second[3:5] == first[3:5] and second[5][0] == Y.data_ptr() and second[5][2:] == (2.5, 64, 64, True, 64)
     assert first[5][2:] == (1.5, 64, 64, True, 64) and fourth[5][3:5] == (192, 9)
 
 
@@ -223,7 +234,7 @@ def test_the_launcher_runs_what_triton_runs(gpu: Driver, ordinary: list[None], l
         theirs[grid](*arguments, **options)
         (our, their) = gpu.launches
         assert our[:2] == their[:2] and our[3:5] == their[3:5]
-        assert all(a is b or a == b for a, b in zip(our[5], their[5], strict=True))
+        assert all(same(a, b) for a, b in zip(our[5], their[5], strict=True))
         # the two kernels have binaries of their own: the same one here must be the same one there
         assert seen.setdefault(our[2], their[2]) == their[2]
     assert len(set(seen.values())) == len(seen) > 20
@@ -307,6 +318,14 @@ def test_whatever_disturbs_goes_the_ordinary_way(
     assert len(ordinary) == 4
     go(kernel)
     assert len(ordinary) == 4
+
+
+def test_a_tensor_that_is_on_no_gpu_is_left_to_triton(gpu: Driver, kernel: JITFunction, ordinary: list[None], go: Go) -> None:
+    """Triton asks the driver about it and says that it cannot be accessed; its address alone would be an illegal access."""
+    elsewhere = torch.zeros(256)
+    for x in (X, elsewhere, X, elsewhere):
+        go(kernel, x=x)
+    assert len(ordinary) == 3 and [launch[5][0] is elsewhere for launch in gpu.launches] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("how", ("all devices", "one device"))
