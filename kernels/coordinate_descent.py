@@ -76,7 +76,7 @@ def _any(x):
 
 @triton.jit
 def _exp2_scale(e):
-    """What to multiply by so that exp2 is exp(x / e)."""
+    """What to multiply by so that exp2 is exp(x / e); of such a scale, e."""
     # a bare number: under the interpreter a global constexpr over a tensor is no tensor
     return 1.4426950408889634 / e
 
@@ -469,9 +469,18 @@ def _iterate(
 
 @triton.jit
 def _load_state(states_ptr, rows, live, t, n_iters):
-    """a_t [R] for 1 <= t <= n_iters; 0 for a row that is NaN or has nothing to route."""
+    """a_t [R] for 1 <= t <= n_iters; 0 for a row that is NaN or has nothing to route, and for t = 0."""
     a = tl.load(states_ptr + rows * n_iters + (t - 1), mask=live & (t > 0), other=0.0)
     return tl.where((a == a) & (a > float("-inf")), a, 0.0)
+
+
+@triton.jit
+def _load_next(states_ptr, rows, live, t, n_iters):
+    """The same in the loops of the backward, where a row alone in its program is not unless it has something to route."""
+    if rows.shape[0] == 1:
+        return tl.load(states_ptr + rows * n_iters + tl.maximum(t - 1, 0))
+    else:
+        return _load_state(states_ptr, rows, live, t, n_iters)
 
 
 @triton.jit
@@ -504,14 +513,20 @@ def _height(a, centre):
 
 
 @triton.jit
+def _last_height(a_last, centre, dead):
+    """That of the last threshold; below all entries of a row that has nothing to route."""
+    return tl.where(dead, float("-inf"), _height(a_last, centre))
+
+
+@triton.jit
 def _tail_exp(d, scale):
-    """exp((s - c)/eps_T) where an entry is unclamped anywhere in the tail; 1 elsewhere."""
-    return tl.exp2(tl.minimum(d, 0.0) * scale)
+    """exp((s - c)/eps_T) where an entry is unclamped anywhere in the tail, 1 elsewhere; NaN where the row's scale is."""
+    return tl.exp2(tl.minimum(d, 0.0) * spread(scale))
 
 
 @triton.jit
 def _last_weight(d, g, w, height, scale, inv_eps):
-    """[i in U_T] g_i lam_i / eps_T over w; an entry of no weight has no part in it, whatever its g."""
+    """[i in U_T] g_i lam_i / eps_T over w; an entry or row of no weight has no part in it, whatever its g."""
     factor = tl.exp2(-height * scale) * inv_eps
     return tl.where((d <= spread(height)) & (w > 0), g * spread(factor), 0.0)
 
@@ -542,9 +557,9 @@ def _subtract(ds, d, height, next_height, scale, log2_k, mass):
 
 
 @triton.jit
-def _store_ds(dscores_ptr, rows, n_cols, cols, d, ds, bad, dead, inside):
-    ds = tl.where(d > float("-inf"), ds, 0.0)
-    ds = tl.where(spread(bad | dead), spread(tl.where(bad, float("nan"), 0.0)), ds)
+def _store_ds(dscores_ptr, rows, n_cols, cols, d, ds, bad, inside):
+    """Stores ds, which is 0 in a dead row and, by the scale of its ``_tail_exp``, NaN in a bad one, but for what is masked."""
+    ds = tl.where(d > float("-inf"), ds, spread(tl.where(bad, float("nan"), 0.0)))
     tl.store(dscores_ptr + spread(rows * n_cols) + cols, ds.to(dscores_ptr.dtype.element_ty), mask=inside)
 
 
@@ -577,11 +592,11 @@ def _backward(
     dscores_ptr,
     dk_ptr,
     k_value: tl.float64,
-    eps: tl.float64,
     eps_init: tl.float64,
-    eps_above: tl.float64,
-    eps_growth: tl.float64,
     eps_last: tl.float64,
+    scale_floor: tl.float64,
+    scale_above: tl.float64,
+    eps_decay: tl.float64,
     n_rows,
     n_cols,
     grad_stride,
@@ -603,8 +618,8 @@ def _backward(
 ):
     """One reduction for A_T and one count an iteration, of rows that stay in registers.
 
-    The schedule is walked backwards: eps from iteration t_floor on, before it eps_above (the last one above the floor)
-    growing by eps_growth = 1/eps_decay a step.
+    The schedule is walked backwards, as log2(e)/eps: scale_floor from iteration t_floor on, before it scale_above (where eps is
+    the last one above the floor), shrinking by eps_decay a step. dlogk is left out where k is a number, which has no gradient.
     """
     BLOCK: tl.constexpr = REPS * LANES * VEC
     n_cols, grad_stride = multiple(n_cols, UNIT), multiple(grad_stride, UNIT)
@@ -628,8 +643,9 @@ def _backward(
     scale = _exp2_scale(e)
     centre, tail = _tail_centre(a_next, a_tail, scale, n_iters, t_tail)
     d = _distance(s, centre)
-    w = _tail_exp(d, scale)
-    ds = _last_weight(d, g, w, _height(a_next, centre), scale, 1.0 / e)
+    row_scale = tl.where(bad, float("nan"), scale)
+    w = _tail_exp(d, row_scale)
+    ds = _last_weight(d, g, w, _last_height(a_next, centre, dead), scale, 1.0 / e)
     product = w * ds
     if REPS == 1:
         # a small tile may have one entry a thread: no product may meet another thread's sum, see rows.py
@@ -651,10 +667,11 @@ def _backward(
     going = _any(mass != 0)
     shared = _any(tail)
     while (t >= t_tail) & going & shared:
-        a_before = _load_state(states_ptr, rows, live, t - 1, n_iters)
+        a_before = _load_next(states_ptr, rows, live, t - 1, n_iters)
         free = (d <= spread(_height(a, centre))).to(COMPUTE)
         weight = mass if alone else tl.where(tail, mass, 0.0)
-        dlogk += weight * e
+        if K_IS_TENSOR:
+            dlogk += weight * e
         ds -= free * spread(_tail_weight(weight, _height(a_next, centre), scale, log2_k))
         passed = mass * _clamp_mass(BLOCK - row_sum(free), a, a_next, scale, log2_k)
         mass = passed if alone else tl.where(tail, passed, mass)
@@ -663,22 +680,22 @@ def _backward(
         t -= 1
         going = _any(mass != 0)
     # a bound that the compiler does not know to be 0: an exponential more is cheaper than to keep w
-    ds *= tl.exp2(tl.minimum(d, tl.where(t < n_iters, 0.0, 1.0)) * scale)
+    ds *= tl.exp2(tl.minimum(d, tl.where(t < n_iters, 0.0, 1.0)) * spread(row_scale))
 
     # --- before it, or in place of it
     if (t_tail < n_iters) & _any(~tail):
         t = n_iters - 1
         a = _load_state(states_ptr, rows, live, t, n_iters)
-    u = tl.full((), eps_above, tl.float64)
-    floor = tl.full((), eps, tl.float64)
+    floor = tl.full((), scale_floor, tl.float64)
+    above = tl.full((), scale_above, tl.float64)
     while (t >= 1) & going:
-        a_before = _load_state(states_ptr, rows, live, t - 1, n_iters)
-        e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
-        scale = _exp2_scale(e)
-        u = tl.where(t >= t_floor, u, u * eps_growth)
+        a_before = _load_next(states_ptr, rows, live, t - 1, n_iters)
+        scale = tl.where(t >= t_floor, floor, above).to(COMPUTE)
+        above = tl.where(t >= t_floor, above, above * eps_decay)
         on = (t < t_tail) | ~tail
         weight = mass if alone else tl.where(on, mass, 0.0)
-        dlogk += weight * e
+        if K_IS_TENSOR:
+            dlogk += weight * _exp2_scale(scale)
         # compared once more: cheaper than to keep what the update finds
         height = _height(a, centre)
         count = row_sum((d > spread(height)).to(COMPUTE))
@@ -689,9 +706,10 @@ def _backward(
         a = a_before
         t -= 1
         going = _any(mass != 0)
-    _store_ds(dscores_ptr, rows, n_cols, cols, d, ds, bad, dead, spread(live) if EVEN else spread(live) & inside)
-    dlogk += mass * tl.full((), eps_init, tl.float64).to(COMPUTE)
-    _store_dk(dk_ptr, rows, dlogk, k, k_given, n_valid, bad, dead, live, CLAMP_K)
+    _store_ds(dscores_ptr, rows, n_cols, cols, d, ds, bad, spread(live) if EVEN else spread(live) & inside)
+    if K_IS_TENSOR:
+        dlogk += mass * tl.full((), eps_init, tl.float64).to(COMPUTE)
+        _store_dk(dk_ptr, rows, dlogk, k, k_given, n_valid, bad, dead, live, CLAMP_K)
 
 
 SUMS, APPLY = tl.constexpr(0), tl.constexpr(1)
@@ -715,11 +733,11 @@ def _backward_shared(
     dk_ptr,
     sums_ptr,
     k_value: tl.float64,
-    eps: tl.float64,
     eps_init: tl.float64,
-    eps_above: tl.float64,
-    eps_growth: tl.float64,
     eps_last: tl.float64,
+    scale_floor: tl.float64,
+    scale_above: tl.float64,
+    eps_decay: tl.float64,
     n_rows,
     n_cols,
     chunk,
@@ -772,7 +790,7 @@ def _backward_shared(
     e_last = tl.full((), eps_last, tl.float64).to(COMPUTE)
     last_scale = _exp2_scale(e_last)
     centre, tail = _tail_centre(a_last, a_tail, last_scale, n_iters, t_tail)
-    last_height = _height(a_last, centre)
+    last_height = _last_height(a_last, centre, dead)
 
     if PHASE == SUMS:
         counts = tl.zeros([ROWS, T_BLOCK], tl.int32)
@@ -785,7 +803,7 @@ def _backward_shared(
             )  # fmt: skip
             valid_acc += fold((s > float("-inf")).to(tl.int32))
             d = _distance(s, centre)
-            w = _tail_exp(d, last_scale)
+            w = _tail_exp(d, tl.where(bad, float("nan"), last_scale))
             mass_acc += fold(w * _last_weight(d, g, w, last_height, last_scale, 1.0 / e_last))
             # two counts an exchange between the threads
             for t in range(1, n_iters, 2):
@@ -819,23 +837,25 @@ def _backward_shared(
 
         # --- the chain: masses[:, t] = A_{t+1}, the weight of iteration t
         masses = tl.zeros([ROWS, T_BLOCK], COMPUTE)
-        u = tl.full((), eps_above, tl.float64)
-        floor = tl.full((), eps, tl.float64)
+        floor = tl.full((), scale_floor, tl.float64)
+        above = tl.full((), scale_above, tl.float64)
         a_next = a_last
         t = n_iters - 1
         going = _any(mass != 0)
         while (t >= 1) & going:
-            e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
-            u = tl.where(t >= t_floor, u, u * eps_growth)
+            scale = tl.where(t >= t_floor, floor, above).to(COMPUTE)
+            above = tl.where(t >= t_floor, above, above * eps_decay)
             a = _load_state(states_ptr, rows, live, t, n_iters)
-            dlogk += mass * e
+            if K_IS_TENSOR:
+                dlogk += mass * _exp2_scale(scale)
             masses = tl.where((steps == t)[None, :], mass[:, None], masses)
-            mass *= _clamp_mass(_at(sums, steps, t), a, a_next, _exp2_scale(e), log2_k)
+            mass *= _clamp_mass(_at(sums, steps, t), a, a_next, scale, log2_k)
             a_next = a
             t -= 1
             going = _any(mass != 0)
         last = t
-        dlogk += mass * tl.full((), eps_init, tl.float64).to(COMPUTE)
+        if K_IS_TENSOR:
+            dlogk += mass * tl.full((), eps_init, tl.float64).to(COMPUTE)
 
         # --- the gradient
         shared = _any(tail)
@@ -846,9 +866,9 @@ def _backward_shared(
                     mask_stride, HAS_MASK, EVEN, COMPUTE,
                 )  # fmt: skip
             d = _distance(s, centre)
-            w = _tail_exp(d, last_scale)
+            w = _tail_exp(d, tl.where(bad, float("nan"), last_scale))
             ds = _last_weight(d, g, w, last_height, last_scale, 1.0 / e_last)
-            next_height = last_height
+            next_height = _height(a_last, centre)
             t = n_iters - 1
             while (t >= t_tail) & (t > last) & shared:
                 height = _height(_load_state(states_ptr, rows, live, t, n_iters), centre)
@@ -857,17 +877,18 @@ def _backward_shared(
                 next_height = height
                 t -= 1
             ds *= w
-            u = tl.full((), eps_above, tl.float64)
+            above = tl.full((), scale_above, tl.float64)
             while t > last:
-                e = tl.where(t >= t_floor, floor, u).to(COMPUTE)
-                u = tl.where(t >= t_floor, u, u * eps_growth)
+                scale = tl.where(t >= t_floor, floor, above).to(COMPUTE)
+                above = tl.where(t >= t_floor, above, above * eps_decay)
                 height = _height(_load_state(states_ptr, rows, live, t, n_iters), centre)
-                ds = _subtract(ds, d, height, next_height, _exp2_scale(e), log2_k, _at(masses, steps, t))
+                ds = _subtract(ds, d, height, next_height, scale, log2_k, _at(masses, steps, t))
                 next_height = height
                 t -= 1
             inside = spread(live) if EVEN else spread(live) & (tile + cols < end)
-            _store_ds(dscores_ptr, rows, n_cols, tile + cols, d, ds, bad, dead, inside)
-        _store_dk(dk_ptr, rows, dlogk, k, k_given, n_valid, bad, dead, live & (part == 0), CLAMP_K)
+            _store_ds(dscores_ptr, rows, n_cols, tile + cols, d, ds, bad, inside)
+        if K_IS_TENSOR:
+            _store_dk(dk_ptr, rows, dlogk, k, k_given, n_valid, bad, dead, live & (part == 0), CLAMP_K)
 
 
 def eps_schedule(n_iters: int, eps: float, eps_init: float, eps_decay: float) -> list[float]:
@@ -923,8 +944,8 @@ def coordinate_descent_forward(
     """
     n_rows, n_cols = scores.shape
     compute, _ = compute_dtypes(scores.dtype)
-    lam = scores.new_empty((n_rows, n_cols))
-    states = scores.new_empty((n_rows, segments), dtype=compute)
+    lam = scores.new_empty(n_rows, n_cols)
+    states = scores.new_empty(n_rows, segments, dtype=compute)
     _launch_iterate(scores, k, mask, n_iters, eps, eps_init, eps_decay, clamp_k, segments, config, lam, states, None)
     return lam, states
 
@@ -1045,8 +1066,8 @@ def coordinate_descent_backward(
     eps_decay: float,
     clamp_k: bool,
     config: LaunchConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of scores [R, n] (in their dtype) and of k [R] (in the compute type).
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of scores [R, n] (in their dtype) and of k [R] (in the compute type; None for a number k).
 
     Where the forward saved fewer than T states a row, the others are recomputed into a buffer of T numbers a row first.
 
@@ -1060,7 +1081,7 @@ def coordinate_descent_backward(
     eps, eps_init = positive(eps, compute), positive(eps_init, compute)
     segments = states.shape[1]
     if segments < n_iters:
-        starts, states = states, scores.new_empty((n_rows, n_iters), dtype=compute)
+        starts, states = states, scores.new_empty(n_rows, n_iters, dtype=compute)
         _launch_iterate(scores, k, mask, n_iters, eps, eps_init, eps_decay, clamp_k, segments, config, states, states, starts)
     floor, eps_above, eps_last, t_floor = _landmarks(n_iters, eps, eps_init, eps_decay)
     k_ptr, k_value, k_stride = row_value_args(k)
@@ -1077,13 +1098,13 @@ def coordinate_descent_backward(
         t_floor,
         n_iters,
     )
-    dscores = scores.new_empty((n_rows, n_cols))
-    dk = scores.new_empty((n_rows,), dtype=compute)
+    dscores = scores.new_empty(n_rows, n_cols)
+    dk = scores.new_empty(n_rows, dtype=compute) if k_ptr is not None else None
     pointers: tuple[torch.Tensor | None, ...] = (grad, scores, states, k_ptr, mask_ptr, dscores, dk)
     if sums_shape is not None:
         pointers = (*pointers, scores.new_empty(sums_shape, dtype=compute))
     for prepared in launches:
-        launch(prepared, pointers, (k_value, floor, eps_init, eps_above, 1.0 / eps_decay, eps_last))
+        launch(prepared, pointers, (k_value, eps_init, eps_last, LOG2E.value / floor, LOG2E.value / eps_above, eps_decay))
     return dscores, dk
 
 

@@ -59,7 +59,7 @@ def coordinate_descent(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def coordinate_descent_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The registered backward, also under transforms; ds [R, n] and dk [R]."""
+    """The registered backward, also under transforms; ds [R, n] and dk [R] (empty for a number)."""
     operator = CoordinateDescentBackward.apply if transformed() else torch.ops.coordroute.coordinate_descent_backward
     return operator(*arguments)
 

@@ -197,7 +197,7 @@ def _coordinate_descent_backward(
     eps_decay: float,
     clamp_k: bool,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     config = _resolve("coordinate_descent", "backward", scores, impl)
     mask = None if mask is None else _unit_columns(mask)
     return _kernels("coordinate_descent", impl).coordinate_descent_backward(
@@ -213,6 +213,14 @@ def _coordinate_descent_backward(
         clamp_k and k is not None,
         config,
     )
+
+
+def _coordinate_descent_backward_registered(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A registered operator returns tensors: an empty one where k is a number."""
+    dscores, dk = _coordinate_descent_backward(*arguments)
+    if dk is None or arguments[3] is None:
+        dk = dscores.new_empty(0, dtype=_compute_dtype(arguments[1]))
+    return dscores, dk
 
 
 def _soft_topk_fake(
@@ -257,10 +265,10 @@ def _coordinate_descent_fake(
 
 
 def _coordinate_descent_backward_fake(
-    grad: torch.Tensor, scores: torch.Tensor, states: Any, *rest: Any
+    grad: torch.Tensor, scores: torch.Tensor, states: Any, k: Any, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, n = scores.shape
-    return scores.new_empty((rows, n)), scores.new_empty((rows,), dtype=_compute_dtype(scores))
+    return scores.new_empty((rows, n)), scores.new_empty((rows if k is not None else 0,), dtype=_compute_dtype(scores))
 
 
 def _register(name: str, kernel: Any, fake: Any, function: type[torch.autograd.Function]) -> None:
@@ -274,7 +282,7 @@ _register("soft_topk_backward", _soft_topk_backward_registered, _soft_topk_backw
 _register("coordinate_descent", _coordinate_descent, _coordinate_descent_fake, derivatives.CoordinateDescent)
 _register(
     "coordinate_descent_backward",
-    _coordinate_descent_backward,
+    _coordinate_descent_backward_registered,
     _coordinate_descent_backward_fake,
     derivatives.CoordinateDescentBackward,
 )

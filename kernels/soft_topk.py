@@ -858,8 +858,8 @@ def _solve(
         (dtype_of(k_ptr), dtype_of(eps_ptr), dtype_of(mask)),
         count,
     )
-    lam = scores.new_empty((n_rows, n_cols))
-    threshold = scores.new_empty((n_rows, 2), dtype=compute)
+    lam = scores.new_empty(n_rows, n_cols)
+    threshold = scores.new_empty(n_rows, 2, dtype=compute)
     words = scores.new_zeros((n_rows, ring, SLOTS.value, programs), dtype=torch.int64) if programs > 1 else None
     sweeps = scores.new_zeros((n_rows, programs), dtype=torch.int32) if counted else None
     pointers = (scores, k_ptr, eps_ptr, mask_ptr, lam, threshold, words, sweeps)
@@ -956,10 +956,10 @@ def soft_topk_backward(
         (grad.stride(0), scores.stride(0), mask_stride, eps_stride),
         (grad.dtype, threshold.dtype, dtype_of(eps_ptr), dtype_of(mask)),
     )
-    dscores = scores.new_empty((n_rows, n_cols))
-    dk = scores.new_empty((n_rows,), dtype=compute)
-    deps = scores.new_empty((n_rows, programs), dtype=compute) if eps_ptr is not None else None
-    sums = scores.new_empty((n_rows, 2, programs), dtype=compute) if programs > 1 else None
+    dscores = scores.new_empty(n_rows, n_cols)
+    dk = scores.new_empty(n_rows, dtype=compute)
+    deps = scores.new_empty(n_rows, programs, dtype=compute) if eps_ptr is not None else None
+    sums = scores.new_empty(n_rows, 2, programs, dtype=compute) if programs > 1 else None
     pointers = (grad, scores, threshold, eps_ptr, mask_ptr, dscores, dk, deps, sums)
     for prepared in launches:
         launch(prepared, pointers, (eps_value,))

@@ -66,7 +66,7 @@ def test_shared_rows_of_every_dtype(dtype: str) -> None:
 
 @pytest.mark.parametrize("name", shared.SCHEDULES)
 def test_shared_rows_of_every_schedule(name: str) -> None:
-    p = Problem(OP, 40, rows_of("normal", "cauchy"), tensor_k=False, **shared.SCHEDULES[name])
+    p = Problem(OP, 40, rows_of("normal", "cauchy"), **shared.SCHEDULES[name])
     d = shared.draw(p)
     shared.judge(p, d, shared.run(p, d, split(32, 2)))
 
@@ -84,7 +84,7 @@ def test_shared_rows_have_the_same_bits_for_every_number_of_segments(config: Lau
 
 
 def test_what_one_program_leaves_behind_serves_several() -> None:
-    p = Problem(OP, 60, rows_of("normal", "cauchy"), eps=0.3, n_iters=3)
+    p = Problem(OP, 60, rows_of("normal", "cauchy"), tensor_k=False, eps=0.3, n_iters=3)
     d = shared.draw(p)
     for forward, backward in ((resident(60), split(32, 2)), (split(32, 2), resident(60, 2)), (split(16, 2), tiled(32))):
         shared.judge(p, d, shared.run(p, d, forward, backward))
@@ -155,6 +155,9 @@ def test_long_schedules_of_shared_rows() -> None:
 def test_nothing_to_share() -> None:
     for rows, n in ((0, 40), (2, 1)):
         s = torch.zeros((rows, n), device=shared.DEVICE)
-        lam, states = coordinate_descent.coordinate_descent_forward(s, 1.0, None, 3, 0.1, 0.1, 1.0, False, 3, split(16, 2))
-        ds, dk = coordinate_descent.coordinate_descent_backward(s, s, states, 1.0, None, 3, 0.1, 0.1, 1.0, False, split(16, 2))
-        assert lam.shape == ds.shape == (rows, n) and torch.isfinite(ds).all() and dk.shape == (rows,)
+        how = (3, 0.1, 0.1, 1.0, False)
+        for k in (torch.ones(rows, device=shared.DEVICE), 1.0):
+            lam, states = coordinate_descent.coordinate_descent_forward(s, k, None, *how, 3, split(16, 2))
+            ds, dk = coordinate_descent.coordinate_descent_backward(s, s, states, k, None, *how, split(16, 2))
+            assert lam.shape == ds.shape == (rows, n) and torch.isfinite(ds).all()
+            assert dk is None if isinstance(k, float) else dk.shape == (rows,)

@@ -849,9 +849,9 @@ descent(
 descent(
     "descent: eps at the floor keeps growing",
     "the backward lets eps grow from T - 1 on, and not from where it left its last value",
-    """        u = tl.where(t >= t_floor, u, u * eps_growth)
+    """        above = tl.where(t >= t_floor, above, above * eps_decay)
         on =""",
-    """        u = u * eps_growth
+    """        above = above * eps_decay
         on =""",
 )
 descent(
@@ -869,8 +869,8 @@ descent(
 descent(
     "descent: first iteration not in dk",
     "the first iteration has no part in the gradient of k",
-    "    dlogk += mass * tl.full((), eps_init, tl.float64).to(COMPUTE)\n    _store_dk",
-    "    dlogk += 0.0 * mass * tl.full((), eps_init, tl.float64).to(COMPUTE)\n    _store_dk",
+    "        dlogk += mass * tl.full((), eps_init, tl.float64).to(COMPUTE)\n        _store_dk",
+    "        dlogk += 0.0 * mass * tl.full((), eps_init, tl.float64).to(COMPUTE)\n        _store_dk",
 )
 descent(
     "descent: dk without 1/k",

@@ -95,11 +95,11 @@ class Guarded:
     def installed(self) -> None:
         plain = torch.Tensor.new_empty
 
-        def new_empty(like: torch.Tensor, shape: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        def new_empty(like: torch.Tensor, *shape: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
             # Triton's interpreter allocates for itself, on a device that it names
             if options:
-                return plain(like, shape, dtype=dtype, **options)
-            return self.empty(shape, dtype=dtype or like.dtype, device=like.device)
+                return plain(like, *shape, dtype=dtype, **options)
+            return self.empty(*shape, dtype=dtype or like.dtype, device=like.device)
 
         torch.Tensor.new_empty = new_empty  # type: ignore[method-assign, assignment]
 
