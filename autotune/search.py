@@ -347,6 +347,7 @@ class _Search:
         self.known = {} if fresh else store.outdated(path, self.backend)
         self.kept = self._kept(groups)
         self.groups = groups = [group for group in groups if group.label() not in self.kept]
+        self.asked = [*self.others(), *(group.label() for group in groups)]
         self.progress: Progress | None = None
         self.watch: Watch | None = None
         self.began = time.monotonic()
@@ -421,7 +422,16 @@ class _Search:
         except BaseException:
             self.journal.close()
             raise
-        self.journal.remove()
+        if self.others():
+            self.journal.close()
+        else:
+            self.journal.remove()
+
+    def others(self) -> list[str]:
+        """What an interrupted run has still to do that this one was not asked for: it is to go on from the journal, too."""
+        mine = {group.label() for group in self.groups}
+        asked = self.journal.get("asked", "") or ()
+        return [name for name in asked if name not in mine and self.journal.get("group", name) is None]
 
     def _processes(self, stack: contextlib.ExitStack) -> tuple[Pool | Inline, Timer]:
         pool, timer = processes(stack, self.device, self.workers, self.seed, self.plan.sample_us, self.program)
@@ -462,6 +472,8 @@ class _Search:
         if todo and time.monotonic() > self.deadline:
             self.leave_out(todo)
             return
+        if todo and self.journal.get("asked", "") != self.asked:
+            self.journal.put("asked", "", self.asked)
         begin = time.monotonic()
         hunts = self.searched(todo)
         self.spent("search", begin)

@@ -366,6 +366,19 @@ def test_an_interrupted_search_keeps_what_is_finished_and_goes_on(quick):
     assert not journal.journal_path(quick).exists()
 
 
+def test_a_run_of_some_keys_leaves_an_interrupted_one_of_all_what_it_has(quick, speeds, rows):
+    """It goes on from the same journal, which is done with when everything is done that was asked for."""
+    _, noted = speeds
+    rows(1, 2)
+    interrupted("searched soft_topk backward")
+    path, before = journal.journal_path(quick), list(noted)
+    run(groups=SMALL[1:])
+    assert path.exists() and len(noted) > len(before)
+    noted.clear()
+    assert run()["resumed"] == 2 and not path.exists()
+    assert noted and not set(noted) & set(before)
+
+
 def test_nothing_that_was_measured_is_measured_again(quick, speeds, rows):
     _, noted = speeds
     rows(1, 2)
