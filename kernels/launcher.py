@@ -2,7 +2,8 @@
 
 ``kernel[grid](…)`` binds, specialises and stringifies every argument on each call. Here the binary that a launch ran is
 remembered under all that it depends on, and the next launch of the kind runs it as Triton would, but that tensors are given as
-addresses: Triton would ask the driver about each (``extractPointer`` in its backends' driver.c, of 3.6 and 3.7).
+addresses: Triton would ask the driver about each (``getPointer`` in its backends' driver.py of 3.6, ``extractPointer`` in their
+driver.c of 3.7).
 """
 
 from __future__ import annotations
