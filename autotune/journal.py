@@ -62,6 +62,10 @@ class Journal:
         """Remembers an answer and writes it down."""
         if self._file is None:
             self._begin()
+        self.note(kind, name, answer)
+
+    def note(self, kind: str, name: str, answer: Any) -> None:
+        """Remembers what has cost nothing: it is written down with the first answer, and alone makes no file."""
         self._known[kind, name] = answer
         if self._file is not None:
             self._file.write(json.dumps([kind, name, answer], separators=(",", ":")) + "\n")

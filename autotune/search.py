@@ -347,7 +347,7 @@ class _Search:
         self.known = {} if fresh else store.outdated(path, self.backend)
         self.kept = self._kept(groups)
         self.groups = groups = [group for group in groups if group.label() not in self.kept]
-        self.asked = [*self.others(), *(group.label() for group in groups)]
+        self.journal.note("asked", "", [*self.others(), *(group.label() for group in groups)])
         self.progress: Progress | None = None
         self.watch: Watch | None = None
         self.began = time.monotonic()
@@ -472,8 +472,6 @@ class _Search:
         if todo and time.monotonic() > self.deadline:
             self.leave_out(todo)
             return
-        if todo and self.journal.get("asked", "") != self.asked:
-            self.journal.put("asked", "", self.asked)
         begin = time.monotonic()
         hunts = self.searched(todo)
         self.spent("search", begin)
