@@ -187,7 +187,7 @@ def _by_rows(function: Any, batch: int, in_dims: tuple[Any, ...], arguments: tup
         flat.append(argument)
     outputs, dims = [], []
     for output in function(*flat):
-        of_rows = output.shape[0] == batch * rows  # the empty one, for an eps that is a number, is not
+        of_rows = output.shape[0] == batch * rows  # the empty one, for a k or an eps that is a number, is not
         outputs.append(output.reshape(batch, rows, *output.shape[1:]) if of_rows else output)
         dims.append(0 if of_rows else None)
     return tuple(outputs), tuple(dims)

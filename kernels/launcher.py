@@ -151,7 +151,7 @@ def launch(prepared: Prepared, pointers: tuple[torch.Tensor | None, ...], fracti
         return
     compiled = kernel[prepared.grid](*pointers, *fractions, *prepared.numbers, **prepared.constants)
     if isinstance(compiled, CompiledKernel):
-        _remember(prepared, pointers, fractions, compiled, device)
+        _remember(prepared, pointers, fractions, compiled, device, aligned)
 
 
 def _kind(
@@ -194,6 +194,7 @@ def _remember(
     fractions: tuple[float, ...],
     compiled: CompiledKernel,
     device: int,
+    aligned: bool,
 ) -> None:
     kernel, constants = prepared.kernel, prepared.constants
     n_args = len(pointers) + len(fractions) + len(prepared.numbers)
@@ -212,5 +213,5 @@ def _remember(
     used = tuple((namespace, name, namespace.get(name)) for (name, _), (_, namespace) in kernel.used_global_vals.items())
     binary = _Binary(kernel, compiled, cache, cache_key, compiled.run, compiled.function, compiled.packed_metadata, tail, used)
     _binaries[_kind(prepared, pointers, fractions, device)] = binary
-    if all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers):
+    if aligned:
         _keep(prepared, device, binary)

@@ -162,7 +162,8 @@ def _train(rank: int, folder: str) -> None:
         if rank == 0:
             torch.save(results, Path(folder) / f"{solver}.out.pt")
     dist.destroy_process_group()
-    # threads of torch.distributed abort a process that ends by itself now and then ("terminate called without an active exception")
+    # what is looked at is on disk; a process that ended by itself was aborted after that now and then ("terminate called without an
+    # active exception"), which part of torch does so is not known
     os._exit(0)
 
 

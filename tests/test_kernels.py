@@ -181,7 +181,7 @@ class Found:
 
     lam: Array
     grad_scores: Array
-    grad_k: Array
+    grad_k: Array | None
     grad_eps: Array | None
     raw: tuple[torch.Tensor, ...] = field(repr=False, default=())
 
