@@ -689,7 +689,7 @@ def _backward(
     floor = tl.full((), scale_floor, tl.float64)
     above = tl.full((), scale_above, tl.float64)
     while (t >= 1) & going:
-        a_before = _load_next(states_ptr, rows, live, t - 1, n_iters)
+        a_before = _load_state(states_ptr, rows, live, t - 1, n_iters)
         scale = tl.where(t >= t_floor, floor, above).to(COMPUTE)
         above = tl.where(t >= t_floor, above, above * eps_decay)
         on = (t < t_tail) | ~tail
