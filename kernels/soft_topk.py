@@ -154,7 +154,7 @@ def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prio
     if PRIOR:
         hi = tl.where(easy | (prior != prior), hi, prior)
     # what rounding may have moved the bounds by
-    slack = TOLERANCE * (tl.abs(anchor) + tl.abs(hi) + tl.abs(low) + tl.abs(high))
+    slack = TOLERANCE * tl.abs(anchor) + TOLERANCE * tl.abs(hi) + TOLERANCE * tl.abs(low) + TOLERANCE * tl.abs(high)
     moved = hi - anchor
     return budget, eps, hi, (low - moved) - slack, (high - moved) + slack, spacing, deviation, bad, full, empty
 
@@ -217,16 +217,29 @@ def _advance(sweep, unsaturated, count, residual, inv_budget, eps, lo, low, high
 
 
 @triton.jit
+def _largest(x):
+    """The largest number of x's type."""
+    return tl.full((), 1.7976931348623157e308 if x.dtype == tl.float64 else 3.4028234663852886e38, x.dtype)
+
+
+@triton.jit
+def _ulp_of_largest(x):
+    ULP: tl.constexpr = 2.0**-52 if x.dtype == tl.float64 else 2.0**-23
+    return ULP * _largest(x)
+
+
+@triton.jit
 def _recentre(hi, lo, low, high, which, COMPUTE: tl.constexpr):
     """Moves lo into hi, as far as a float can hold it, in the rows ``which``; the bracket goes along."""
-    moved = tl.where(which, hi + lo, hi)
+    # a bracket is wider than it has to be: its middle may be beyond the largest number
+    moved = tl.where(which, tl.minimum(tl.maximum(hi + lo, -_largest(hi)), _largest(hi)), hi)
     shift = moved - hi
     # two-sum (Knuth): what hi rounds away stays in lo
     back = shift - lo
     new_lo = tl.where(which, (hi - (moved - shift)) - back, lo)
     ULP: tl.constexpr = 2.0**-52 if tl.float64 == COMPUTE else 2.0**-23
-    low = tl.where(which, (low - shift) - ULP * (tl.abs(low) + tl.abs(shift)), low)
-    high = tl.where(which, (high - shift) + ULP * (tl.abs(high) + tl.abs(shift)), high)
+    low = tl.where(which, (low - shift) - ULP * tl.abs(low) - ULP * tl.abs(shift), low)
+    high = tl.where(which, (high - shift) + ULP * tl.abs(high) + ULP * tl.abs(shift), high)
     return moved, new_lo, low, high
 
 
@@ -499,6 +512,8 @@ def _forward(
     odd = ~(sum2 < float("inf"))
     special = _any(odd)
     if special:
+        # every difference is to be a number: none is too far from 0
+        anchor = tl.where(odd & (tl.abs(anchor) > 0.0625 * _ulp_of_largest(anchor)), 0.0, anchor)
         n_nan, n_inf, n_finite, least, most, sum1, sum2 = _examine(
             scores_ptr, mask_ptr, rows, start, end, scores_stride, mask_stride, anchor,
             HAS_MASK, EVEN, COMPUTE, ROWS, LANES, VEC,

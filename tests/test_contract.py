@@ -425,6 +425,29 @@ def test_infinite_scores(op: str, variant: str) -> None:
     near(dk, wanted.grad_k, 1e-4)
 
 
+def test_the_largest_numbers_keep_and_the_smallest_mask(op: str, variant: str) -> None:
+    """A score of finfo.max is always taken and one of finfo.min never, side by side, though no number is their difference."""
+    most = torch.finfo(torch.float32).max
+    s, g = rows(4, 20), rows(4, 20)
+    plus, minus = torch.zeros(4, 20, dtype=torch.bool), torch.zeros(4, 20, dtype=torch.bool)
+    plus[0, 0], minus[0, 7] = True, True
+    plus[1, 7], minus[1, 0] = True, True
+    plus[2, [2, 5]], minus[2, 9:] = True, True
+    plus[3, 0], minus[3, 1:12] = True, True
+    plus, minus = plus.to(DEVICE), minus.to(DEVICE)
+    ends = torch.where(plus, most, torch.where(minus, -most, s)).requires_grad_()
+    k = leaf([3.0] * 4)
+    lam = call(op, ends, k, impl=variant)
+    assert bool((lam[plus] == 1).all()) and not lam[minus].any()
+    # so far from the others it is the same how far, and the oracle adds up what is not too far
+    wanted = truth(op, torch.where(plus, 1e3, torch.where(minus, -1e3, s)), 3.0, g=g)
+    near(lam, wanted.lam)
+    ds, dk = grads(lam, [ends, k], g)
+    assert not ds[plus].any() and not ds[minus].any()
+    near(ds, wanted.grad_scores, 1e-4)
+    near(dk, wanted.grad_k, 1e-4)
+
+
 def test_minus_infinity_is_a_mask(op: str, backend: str) -> None:
     s, g = rows(3, 20), rows(3, 20)
     mask = torch.rand(3, 20, device=DEVICE) < 0.6

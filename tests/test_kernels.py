@@ -773,15 +773,21 @@ def test_rows_that_share_a_program_need_no_more_sweeps() -> None:
     assert beside.sum() < alone.sum() and beside.max() <= alone.max() + 2, (alone.tolist(), beside.tolist())
 
 
-@pytest.mark.parametrize("config", [resident(20), resident(20, rows=2), tiled(16)])
-def test_a_bracket_wider_than_the_type_is_halved_all_the_same(config: LaunchConfig) -> None:
-    """Scores whose differences are just finite: a bound of the bracket, with what rounding may have moved it by, is not.
+@pytest.mark.parametrize("config", [resident(20), resident(20, rows=2), tiled(16)], ids=str)
+@pytest.mark.parametrize("large", [1.6e38, 3.4e38, torch.finfo(torch.float32).max])
+def test_a_bracket_wider_than_the_type_is_halved_all_the_same(large: float, config: LaunchConfig) -> None:
+    """Scores whose differences are just finite, or not: a bound of the bracket, with what rounding may have moved it by, is not.
 
-    A solver that halved an infinite bracket did all its sweeps and gave NaN.
+    A solver that halved an infinite bracket did all its sweeps and gave NaN, as did one that began at an infinite distance.
     """
-    s = torch.tensor([[1.6e38] * 10 + [-1.6e38] * 10], device=DEVICE)
-    lam, _ = soft_topk.soft_topk_forward(s, 5.0, 0.03, None, config)
-    assert torch.equal(lam, torch.tensor([[0.5] * 10 + [0.0] * 10], device=DEVICE))
+    s = torch.tensor([[large] * 10 + [-large] * 10, [-large] * 10 + [large] * 10], device=DEVICE)
+    lam, threshold = soft_topk.soft_topk_forward(s, 5.0, 0.03, None, config)
+    torch.testing.assert_close(lam, torch.where(s > 0, 0.5, 0.0), rtol=2**-21, atol=0)
+    grad = torch.arange(20.0, device=DEVICE).expand(2, 20).contiguous()
+    ds = soft_topk.soft_topk_backward(grad, s, threshold, 0.03, None, config)[0]
+    mean = torch.where(s > 0, grad, 0.0).sum(1, keepdim=True) / 10
+    assert torch.equal(ds[s <= 0], torch.zeros(20, device=DEVICE))
+    torch.testing.assert_close(ds[s > 0], (0.5 / 0.03 * (grad - mean))[s > 0], rtol=1e-5, atol=1e-4)
 
 
 # --- rows that are re-read -------------------------------------------------------------------------------------------
