@@ -98,17 +98,18 @@ def row_sums(x, y):
 
 
 @triton.jit
-def row_max(x):
+def fold_max(x):
+    """The largest that a thread has, [ROWS, LANES]."""
     x = _chains(x)
     if LANES_FIRST:
-        return tl.max(tl.max(tl.max(x, 2), 2), 0)
+        return tl.trans(tl.max(tl.max(x, 2), 2))
     else:
-        return tl.max(tl.max(tl.max(x, 0), 2), 1)
+        return tl.max(tl.max(x, 0), 2)
 
 
 @triton.jit
-def row_min(x):
-    return -row_max(-x)
+def row_max(x):
+    return tl.max(fold_max(x), 1)
 
 
 @triton.jit

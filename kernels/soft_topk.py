@@ -25,6 +25,10 @@ and F(tau) = n P(s + eps E > tau) with E exponentially distributed, whose quanti
 the same two moments. It misses by some entries, which is a long way in a short row: where rows share a program the entries above
 the guess are counted, and the guess moves by as many spacings of that normal distribution as there are too many.
 
+A few scores far off tell such a distribution nothing: finfo.min where a model masks, finfo.max where it keeps. A row that is wide
+for its eps is halved between its ends, which are scores, and the half without the threshold left out, as long as that finds gaps;
+the moments of what is left make the guess, and the bracket still has the ends of the whole row.
+
 Backward, with g the gradient of lam and sums over the unsaturated entries U (implicit differentiation of F = k):
 
     gbar = sum_U lam g / sum_U lam,   ds_i = lam_i (g_i - gbar) / eps,   dk = gbar,   deps = -sum_i (s_i - tau) ds_i / eps
@@ -62,10 +66,9 @@ from .rows import (
     columns,
     exchange,
     fold,
+    fold_max,
     load_tile,
     multiple,
-    row_max,
-    row_min,
     row_sum,
     row_sums,
     row_sums3,
@@ -81,6 +84,12 @@ DRIFT = tl.constexpr(6.0)
 """How far, in powers of two of w, the threshold may be from where w was made."""
 CLIP = tl.constexpr(120.0)
 """The largest power of two that w is let to be: saturated under any threshold within DRIFT, and not infinite."""
+WIDE = tl.constexpr(1024.0)
+"""A row wider than so many eps, by its second moment, is looked at anew: a few scores far off would spoil the first guess."""
+GAP = tl.constexpr(8.0)
+"""A half that is narrower by so much, of what is between scores that are there, has left a gap behind."""
+IDLE_HALVINGS, MOST_HALVINGS = tl.constexpr(2), tl.constexpr(16)
+"""A row is halved until that has not found a gap so often, and so often at most."""
 NEXT_TO_NOTHING = tl.constexpr(2.0**-10)
 """After a step below this, in powers of two of w, the next is likely too small to change lam: a sweep that re-reads stores it."""
 
@@ -126,11 +135,16 @@ def _guess_from_some(k, eps, anchor, seen, counted, sum1, sum2, n_cols):
 
 
 @triton.jit
-def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prior, TOLERANCE: tl.constexpr, PRIOR: tl.constexpr):
+def _begin(
+    k, eps, n_finite, n_inf, n_nan, anchor, least, most, need, n_part, sum1, sum2, extra, prior,
+    TOLERANCE: tl.constexpr, PRIOR: tl.constexpr,
+):  # fmt: skip
     """The solver's state before the first sweep, all [ROWS].
 
-    n_finite, n_inf, n_nan count finite, +inf and NaN entries; sum1 and sum2 are the sums of s - anchor and its square over the
-    finite ones, which lie between anchor + least and anchor + most. PRIOR: ``prior`` is the first guess, where it is not NaN.
+    n_finite, n_inf, n_nan count finite, +inf and NaN entries; the finite ones lie between anchor + least and anchor + most. The
+    first guess is made from n_part of them, of which the threshold is to have the mass ``need``: sum1 and sum2 are the sums of
+    s - anchor and its square over these, and ``extra`` is eps log of need / n_part over that share of all. PRIOR: ``prior`` is the
+    first guess, where it is not NaN.
     Returns the budget of the finite entries, eps, the first guess hi, the bracket of tau - hi, the spacing and deviation of
     ``_guess``, and the flags bad (a NaN row), full (every valid entry is 1), empty (every finite entry is 0).
     """
@@ -139,13 +153,14 @@ def _begin(k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prio
     full = ~bad & (k >= n_finite + n_inf)
     empty = ~bad & ~full & (budget <= 0)
     easy = bad | full | empty
-    count = tl.where(easy, 2.0, n_finite.to(k.dtype))
     budget = tl.where(easy, 1.0, budget)
     eps = tl.where(bad, 1.0, eps)
     anchor = tl.where(easy, 0.0, anchor)
     least = tl.where(easy, 0.0, least)
     most = tl.where(easy, 0.0, most)
-    guess, above, spacing, deviation = _guess(budget / count, eps, count, sum1, sum2)
+    share = tl.where(easy, 0.5, need / n_part)
+    guess, above, spacing, deviation = _guess(share, eps, tl.where(easy, 2.0, n_part), sum1, sum2)
+    above += tl.where(easy, 0.0, extra)
     low = least + above
     high = most + above
     guess = tl.where(guess == guess, guess, 0.5 * low + 0.5 * high)
@@ -223,12 +238,6 @@ def _largest(x):
 
 
 @triton.jit
-def _ulp_of_largest(x):
-    ULP: tl.constexpr = 2.0**-52 if x.dtype == tl.float64 else 2.0**-23
-    return ULP * _largest(x)
-
-
-@triton.jit
 def _recentre(hi, lo, low, high, which, COMPUTE: tl.constexpr):
     """Moves lo into hi, as far as a float can hold it, in the rows ``which``; the bracket goes along."""
     # a bracket is wider than it has to be: its middle may be beyond the largest number
@@ -298,34 +307,60 @@ def _any(flags):
 
 @triton.jit
 def _examine(
-    scores_ptr, mask_ptr, rows, start, end, stride, mask_stride, anchor,
+    scores_ptr, mask_ptr, rows, start, end, stride, mask_stride,
     HAS_MASK: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """What there is to know of a share of rows with NaN, infinities or numbers whose squares overflow; all [ROWS].
+    """How many finite, +inf and NaN scores there are in a share of odd rows, and the least and greatest finite one; all [ROWS].
 
     Such rows are rare: in narrow tiles, so that the registers of the kernel are not more for their sake.
     """
     cols = columns(1, LANES, VEC)
-    n_nan = tl.zeros([ROWS], tl.int32)
-    n_inf = tl.zeros([ROWS], tl.int32)
-    n_finite = tl.zeros([ROWS], tl.int32)
-    least = tl.full([ROWS], float("inf"), COMPUTE)
-    most = tl.full([ROWS], float("-inf"), COMPUTE)
-    sum1 = tl.zeros([ROWS], COMPUTE)
-    sum2 = tl.zeros([ROWS], COMPUTE)
+    n_finite = tl.zeros([ROWS, LANES], tl.int32)
+    n_inf = tl.zeros([ROWS, LANES], tl.int32)
+    n_nan = tl.zeros([ROWS, LANES], tl.int32)
+    opposite = tl.full([ROWS, LANES], float("-inf"), COMPUTE)
+    greatest = tl.full([ROWS, LANES], float("-inf"), COMPUTE)
     for tile in range(start, end, LANES * VEC):
         s = load_tile(scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
         finite = _finite(s)
-        d = tl.where(finite, s - spread(anchor), 0.0)
-        n_nan += row_sum((s != s).to(tl.int32))
-        n_inf += row_sum((s == float("inf")).to(tl.int32))
-        n_finite += row_sum(finite.to(tl.int32))
-        least = tl.minimum(least, row_min(tl.where(finite, d, float("inf"))))
-        most = tl.maximum(most, row_max(tl.where(finite, d, float("-inf"))))
-        sum1 += row_sum(d)
-        sum2 += row_sum(tl.where(finite, d * d, 0.0))
-    return n_nan, n_inf, n_finite, least, most, sum1, sum2
+        n_finite += fold(finite.to(tl.int32))
+        n_inf += fold((s == float("inf")).to(tl.int32))
+        n_nan += fold((s != s).to(tl.int32))
+        opposite = tl.maximum(opposite, fold_max(tl.where(finite, -s, float("-inf"))))
+        greatest = tl.maximum(greatest, fold_max(tl.where(finite, s, float("-inf"))))
+    of_inf, of_nan = tl.split(tl.sum(tl.join(n_inf, n_nan), 1))
+    opposite, greatest = tl.split(tl.max(tl.join(opposite, greatest), 1))
+    return tl.sum(n_finite, 1), of_inf, of_nan, -opposite, greatest
+
+
+@triton.jit
+def _part(
+    scores_ptr, mask_ptr, rows, start, end, stride, mask_stride, least, middle, greatest,
+    HAS_MASK: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Of the scores from ``least`` to ``greatest`` in a share of odd rows, all [ROWS]: how many lie above the middle, the least of
+    these and the greatest of the others; and the sums of s - middle and its square."""
+    cols = columns(1, LANES, VEC)
+    n_above = tl.zeros([ROWS, LANES], tl.int32)
+    opposite = tl.full([ROWS, LANES], float("-inf"), COMPUTE)
+    below = tl.full([ROWS, LANES], float("-inf"), COMPUTE)
+    sum1 = tl.zeros([ROWS, LANES], COMPUTE)
+    sum2 = tl.zeros([ROWS, LANES], COMPUTE)
+    for tile in range(start, end, LANES * VEC):
+        s = load_tile(scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
+        inside = (s >= spread(least)) & (s <= spread(greatest))
+        above = inside & (s > spread(middle))
+        n_above += fold(above.to(tl.int32))
+        opposite = tl.maximum(opposite, fold_max(tl.where(above, -s, float("-inf"))))
+        below = tl.maximum(below, fold_max(tl.where(inside & ~above, s, float("-inf"))))
+        d = tl.where(inside, s - spread(middle), 0.0)
+        sum1 += fold(d)
+        sum2 += fold(_product(d, d, 1))
+    opposite, below = tl.split(tl.max(tl.join(opposite, below), 1))
+    sum1, sum2 = tl.split(tl.sum(tl.join(sum1, sum2), 1))
+    return tl.sum(n_above, 1), -opposite, below, sum1, sum2
 
 
 @triton.jit
@@ -509,38 +544,100 @@ def _forward(
     n_inf = tl.zeros([ROWS], tl.int32)
     most = tl.sqrt(sum2) * 1.001 + 1e-18
     least = -most
-    odd = ~(sum2 < float("inf"))
+    need = k
+    n_part = n_finite.to(COMPUTE)
+    extra = tl.zeros([ROWS], COMPUTE)
+    # NaN, infinities, sums that overflow, or so far from each other for the temperature that the moments tell nothing
+    odd = ~((sum2 < float("inf")) & (sum2 <= n_part * (eps * WIDE) * (eps * WIDE)))
     special = _any(odd)
     if special:
-        # every difference is to be a number: none is too far from 0
-        anchor = tl.where(odd & (tl.abs(anchor) > 0.0625 * _ulp_of_largest(anchor)), 0.0, anchor)
-        n_nan, n_inf, n_finite, least, most, sum1, sum2 = _examine(
-            scores_ptr, mask_ptr, rows, start, end, scores_stride, mask_stride, anchor,
-            HAS_MASK, EVEN, COMPUTE, ROWS, LANES, VEC,
-        )  # fmt: skip
+        finite, of_inf, of_nan, smallest, largest = _examine(
+            scores_ptr, mask_ptr, rows, start, end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE, ROWS, LANES, VEC
+        )
         if PROGRAMS > 1:
-            all1, counts, all2, alive = exchange(
-                words_ptr, sum1, n_nan, sum2, part, epoch, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING
-            )
-            sum1 = tl.zeros_like(sum1) + tl.sum(all1, 0)
-            sum2 = tl.zeros_like(sum2) + tl.sum(all2, 0)
-            n_nan = tl.zeros_like(n_nan) + tl.sum(counts, 0)
-            all1, counts, all2, alive = exchange(
-                words_ptr, least, n_inf, -most, part, epoch + 1, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING
-            )
-            inside = tl.arange(0, P_BLOCK) < PROGRAMS
-            least = tl.zeros_like(least) + tl.min(tl.where(inside, all1, float("inf")), 0)
-            most = tl.zeros_like(most) - tl.min(tl.where(inside, all2, float("inf")), 0)
-            n_inf = tl.zeros_like(n_inf) + tl.sum(counts, 0)
-            all1, counts, all2, alive = exchange(
-                words_ptr, sum1, n_finite, sum1, part, epoch + 2, alive, False, COOPERATIVE, PROGRAMS, P_BLOCK, RING
-            )
-            n_finite = tl.zeros_like(n_finite) + tl.sum(counts, 0)
-            epoch += 3
-        # the sums of its first sweep are worth nothing
+            within = tl.arange(0, P_BLOCK) < PROGRAMS
+            finite_or_nan = tl.where(of_nan > 0, -1, finite)
+            # a loop, for an exchange is a lot of code
+            for turn in range(0, 2):
+                all1, counts, all2, alive = exchange(
+                    words_ptr, smallest, tl.where(turn == 0, finite_or_nan, of_inf), -largest, part, epoch + turn, alive,
+                    True, COOPERATIVE, PROGRAMS, P_BLOCK, RING,
+                )  # fmt: skip
+                if turn == 0:
+                    of_nan = tl.zeros_like(of_nan) + tl.sum((counts < 0).to(tl.int32), 0)
+                    finite = tl.zeros_like(finite) + tl.sum(tl.maximum(counts, 0), 0)
+                    smallest = tl.zeros_like(smallest) + tl.min(tl.where(within, all1, float("inf")), 0)
+                    largest = tl.zeros_like(largest) - tl.min(tl.where(within, all2, float("inf")), 0)
+                else:
+                    of_inf = tl.zeros_like(of_inf) + tl.sum(counts, 0)
+            epoch += 2
+        # what is told of odd rows is not to be seen in those beside them
+        n_nan = tl.where(odd, of_nan, n_nan)
+        n_inf = tl.where(odd, of_inf, n_inf)
+        n_finite = tl.where(odd, finite, n_finite)
+        beginning, ending = smallest, largest
+
+        # the part of the row that the threshold is in, without what is far off: halves of what lies between its ends
+        of_all = n_finite.to(COMPUTE)
+        n_part = of_all
+        need = k - n_inf.to(COMPUTE)
+        share = need / of_all
+        solvable = odd & (need > 0) & (need < of_all)
+        smallest = tl.where(solvable, smallest, 0.0)
+        largest = tl.where(solvable, largest, 0.0)
+        middle = 0.5 * smallest + 0.5 * largest
+        width = 0.5 * largest - 0.5 * smallest
+        halved = solvable & (width > eps * WIDE) & (middle < largest)
+        idle = tl.zeros([ROWS], tl.int32)
+        halvings = 0
+        own1 = tl.zeros([ROWS], COMPUTE)
+        own2 = tl.zeros([ROWS], COMPUTE)
+        going = _any(solvable) & alive
+        while going:
+            n_above, next_above, next_below, own1, own2 = _part(
+                scores_ptr, mask_ptr, rows, start, end, scores_stride, mask_stride, smallest, middle, largest,
+                HAS_MASK, EVEN, COMPUTE, ROWS, LANES, VEC,
+            )  # fmt: skip
+            if PROGRAMS > 1:
+                within = tl.arange(0, P_BLOCK) < PROGRAMS
+                for turn in range(0, 2):
+                    all1, counts, all2, alive = exchange(
+                        words_ptr, tl.where(turn == 0, next_above, own1), n_above, tl.where(turn == 0, -next_below, own2), part,
+                        epoch + turn, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING,
+                    )  # fmt: skip
+                    if turn == 0:
+                        next_above = tl.zeros_like(next_above) + tl.min(tl.where(within, all1, float("inf")), 0)
+                        next_below = tl.zeros_like(next_below) - tl.min(tl.where(within, all2, float("inf")), 0)
+                    else:
+                        n_above = tl.zeros_like(n_above) + tl.sum(counts, 0)
+                        own1 = tl.zeros_like(own1) + tl.sum(all1, 0)
+                        own2 = tl.zeros_like(own2) + tl.sum(all2, 0)
+                epoch += 2
+            going = _any(halved) & alive
+            of_above = n_above.to(COMPUTE)
+            upper = halved & (of_above >= need)
+            lower = halved & ~upper
+            smallest = tl.where(upper, next_above, smallest)
+            largest = tl.where(lower, next_below, largest)
+            n_part = tl.where(upper, of_above, tl.where(lower, n_part - of_above, n_part))
+            need = tl.where(lower, need - of_above, need)
+            middle = 0.5 * smallest + 0.5 * largest
+            before, width = width, 0.5 * largest - 0.5 * smallest
+            idle = tl.where(width * GAP < before, 0, idle + 1)
+            halvings += 1
+            halved = halved & (width > eps * WIDE) & (middle < largest) & (idle < IDLE_HALVINGS) & (halvings < MOST_HALVINGS)
+        need = tl.where(odd, tl.minimum(tl.maximum(need, 1e-6 * n_part), 0.999999 * n_part), need)
+        extra = tl.where(odd, eps * tl.log(need / (n_part * share)), 0.0)
+        # a bracket that no number can hold is infinite, and halved all the same
+        anchor = tl.where(odd, middle, anchor)
+        least = tl.where(odd, beginning - middle, least)
+        most = tl.where(odd, ending - middle, most)
+        sum1 = tl.where(odd, own1, sum1)
+        sum2 = tl.where(odd, own2, sum2)
+        # the sums of a first sweep at another guess are worth nothing
         prior = tl.full([ROWS], float("nan"), COMPUTE)
     budget, safe_eps, hi, low, high, spacing, deviation, bad, full, empty = _begin(
-        k, eps, n_finite, n_inf, n_nan, anchor, least, most, sum1, sum2, prior, TOLERANCE, not HELD
+        k, eps, n_finite, n_inf, n_nan, anchor, least, most, need, n_part, sum1, sum2, extra, prior, TOLERANCE, not HELD
     )
     scale = 1.4426950408889634 / safe_eps
     inv_budget = 1.0 / budget
@@ -910,7 +1007,7 @@ def _prepare_forward(
     double = compute == torch.float64
     max_sweeps = MAX_SWEEPS_64 if double else MAX_SWEEPS_32
     shared = shape.programs > 1
-    ring = 2 if cooperative else max_sweeps + 8
+    ring = 2 if cooperative else max_sweeps + 2 * MOST_HALVINGS.value + 9
     counted = count or (shared and not cooperative)
     k_is_tensor, eps_is_tensor, has_mask = (dtype is not None for dtype in dtypes)
     prepared = Prepared(

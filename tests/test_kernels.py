@@ -299,6 +299,10 @@ def tiled(block: int) -> LaunchConfig:
     return LaunchConfig("tiled", block, 1, 1, 1)
 
 
+def split(block: int, programs: int) -> LaunchConfig:
+    return LaunchConfig("split", block, 1, 1, 1, programs_per_row=programs)
+
+
 def rows_of(*names: str, seed: int = 0) -> tuple[tuple[str, int], ...]:
     return tuple((name, seed + i) for i, name in enumerate(names))
 
@@ -728,10 +732,6 @@ def test_compute_types(dtype: torch.dtype) -> None:
 # --- rows that programs share ----------------------------------------------------------------------------------------
 
 
-def split(block: int, programs: int) -> LaunchConfig:
-    return LaunchConfig("split", block, 1, 1, 1, programs_per_row=programs)
-
-
 @pytest.mark.parametrize("config", [split(32, 2), split(16, 2), split(32, 4)], ids=["held", "in tiles", "more than needed"])
 def test_rows_that_programs_share(config: LaunchConfig) -> None:
     """Parts that stay in registers, that are re-read, and programs for which no column is left; odd rows among the others."""
@@ -788,6 +788,37 @@ def test_a_bracket_wider_than_the_type_is_halved_all_the_same(large: float, conf
     mean = torch.where(s > 0, grad, 0.0).sum(1, keepdim=True) / 10
     assert torch.equal(ds[s <= 0], torch.zeros(20, device=DEVICE))
     torch.testing.assert_close(ds[s > 0], (0.5 / 0.03 * (grad - mean))[s > 0], rtol=1e-5, atol=1e-4)
+
+
+FAR = {
+    "-1e4": (-1e4, 0.0),
+    "-1e9": (-1e9, 0.0),
+    "finfo.min": (torch.finfo(torch.float32).min, 0.0),
+    "both ends": (torch.finfo(torch.float32).min, torch.finfo(torch.float32).max),
+    "1e6": (0.0, 1e6),
+}
+
+
+@pytest.mark.parametrize("config", [resident(96), resident(96, rows=2), tiled(32), split(64, 2)], ids=str)
+@pytest.mark.parametrize("far", FAR)
+def test_scores_far_off_cost_no_sweeps(far: str, config: LaunchConfig) -> None:
+    """A model masks with finfo.min or -1e4, and keeps with finfo.max: the others have the threshold as soon as without them.
+
+    From the moments of such a row the solver bisected from one end of the type to the other, in 175 sweeps where 5 do.
+    """
+    low, high = FAR[far]
+    # Triton's interpreter repeats rows that programs share once an exchange
+    rows, budgets = (2, (9.5,)) if config.variant == "split" else (4, (9.5, 30.0))
+    s = torch.randn(rows, 96, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    draw_far = torch.rand(rows, 96, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    masked, kept = (draw_far < 0.4) & (low != 0.0), (draw_far > 0.95) & (high != 0.0)
+    far_off = torch.where(kept, high, torch.where(masked, low, s))
+    infinite = torch.where(kept, torch.inf, torch.where(masked, -torch.inf, s))
+    for k in budgets:
+        sweeps, fewest = (soft_topk.count_sweeps(x, k, 0.1, None, config) for x in (far_off, infinite))
+        assert (sweeps <= fewest + 3).all(), (sweeps.tolist(), fewest.tolist())
+        lam, wanted = (soft_topk.soft_topk_forward(x, k, 0.1, None, config)[0] for x in (far_off, infinite))
+        torch.testing.assert_close(lam, wanted, rtol=1e-5, atol=1e-6)
 
 
 # --- rows that are re-read -------------------------------------------------------------------------------------------

@@ -310,8 +310,8 @@ soft(
 soft(
     "soft_topk: only the last tile has NaN",
     "the count of NaN entries is that of the last tile",
-    "        n_nan += row_sum((s != s).to(tl.int32))",
-    "        n_nan = row_sum((s != s).to(tl.int32))",
+    "        n_nan += fold((s != s).to(tl.int32))",
+    "        n_nan = fold((s != s).to(tl.int32))",
 )
 soft(
     "soft_topk: k not clamped",
@@ -423,6 +423,12 @@ soft(
     "when the threshold moves into its high part, what that cannot hold is dropped",
     "    new_lo = tl.where(which, (hi - (moved - shift)) - back, lo)",
     "    new_lo = tl.where(which, 0.0 * back, lo)",
+)
+soft(
+    "soft_topk: threshold beyond the type",
+    "the middle of a bracket that is wider than the type becomes the threshold",
+    "    moved = tl.where(which, tl.minimum(tl.maximum(hi + lo, -_largest(hi)), _largest(hi)), hi)",
+    "    moved = tl.where(which, hi + lo, hi)",
 )
 soft(
     "soft_topk: last tile of a pass left out",
