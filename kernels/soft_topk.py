@@ -25,9 +25,8 @@ and F(tau) = n P(s + eps E > tau) with E exponentially distributed, whose quanti
 the same two moments. It misses by some entries, which is a long way in a short row: where rows share a program the entries above
 the guess are counted, and the guess moves by as many spacings of that normal distribution as there are too many.
 
-A few scores far off tell such a distribution nothing: finfo.min where a model masks, finfo.max where it keeps. A row that is wide
-for its eps is halved between its ends, which are scores, and the half without the threshold left out, as long as that finds gaps;
-the moments of what is left make the guess, and the bracket still has the ends of the whole row.
+Scores far off spoil such moments: finfo.min where a model masks, finfo.max where it keeps. The guess of a row that is wide for its
+eps is made from the scores near 0 alone if the threshold must be among them; the bracket still has the ends of the whole row.
 
 Backward, with g the gradient of lam and sums over the unsaturated entries U (implicit differentiation of F = k):
 
@@ -86,10 +85,8 @@ CLIP = tl.constexpr(120.0)
 """The largest power of two that w is let to be: saturated under any threshold within DRIFT, and not infinite."""
 WIDE = tl.constexpr(1024.0)
 """A row wider than so many eps, by its second moment, is looked at anew: a few scores far off would spoil the first guess."""
-GAP = tl.constexpr(8.0)
-"""A half that is narrower by so much, of what is between scores that are there, has left a gap behind."""
-IDLE_HALVINGS, MOST_HALVINGS = tl.constexpr(2), tl.constexpr(16)
-"""A row is halved until that has not found a gap so often, and so often at most."""
+FAR, NEAR = tl.constexpr(1.0 / 64.0), tl.constexpr(2.0**20)
+"""Scores of such a row are near 0 up to this share of the root of that moment, or up to this if it is no number; else far off."""
 NEXT_TO_NOTHING = tl.constexpr(2.0**-10)
 """After a step below this, in powers of two of w, the next is likely too small to change lam: a sweep that re-reads stores it."""
 
@@ -141,10 +138,9 @@ def _begin(
 ):  # fmt: skip
     """The solver's state before the first sweep, all [ROWS].
 
-    n_finite, n_inf, n_nan count finite, +inf and NaN entries; the finite ones lie between anchor + least and anchor + most. The
-    first guess is made from n_part of them, of which the threshold is to have the mass ``need``: sum1 and sum2 are the sums of
-    s - anchor and its square over these, and ``extra`` is eps log of need / n_part over that share of all. PRIOR: ``prior`` is the
-    first guess, where it is not NaN.
+    n_finite, n_inf, n_nan count finite, +inf and NaN entries. The first guess is made from n_part of them, of which the threshold
+    is to have the mass ``need``: sum1 and sum2 are the sums of s - anchor and its square over these. tau - anchor lies between
+    ``least`` and ``most``, each with -eps log(need / n_part) + ``extra``. PRIOR: ``prior`` is the first guess, where it is not NaN.
     Returns the budget of the finite entries, eps, the first guess hi, the bracket of tau - hi, the spacing and deviation of
     ``_guess``, and the flags bad (a NaN row), full (every valid entry is 1), empty (every finite entry is 0).
     """
@@ -301,17 +297,27 @@ def _finite(x):
 
 
 @triton.jit
+def _instead(odd, new, old):
+    """What is told of odd rows, which is not to be seen in those beside them; a row alone here is an odd one."""
+    if old.shape[0] == 1:
+        return new
+    else:
+        return tl.where(odd, new, old)
+
+
+@triton.jit
 def _any(flags):
     return tl.max(flags.to(tl.int32), 0) > 0
 
 
 @triton.jit
 def _examine(
-    scores_ptr, mask_ptr, rows, start, end, stride, mask_stride,
+    scores_ptr, mask_ptr, rows, start, end, stride, mask_stride, near,
     HAS_MASK: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """How many finite, +inf and NaN scores there are in a share of odd rows, and the least and greatest finite one; all [ROWS].
+    """What there is to know of a share of odd rows, all [ROWS]: how many scores are finite, +inf and NaN, the least and greatest
+    finite one; how many lie within ``near`` of 0, and how many finite ones above; the sum of those within, and of their squares.
 
     Such rows are rare: in narrow tiles, so that the registers of the kernel are not more for their sake.
     """
@@ -319,8 +325,12 @@ def _examine(
     n_finite = tl.zeros([ROWS, LANES], tl.int32)
     n_inf = tl.zeros([ROWS, LANES], tl.int32)
     n_nan = tl.zeros([ROWS, LANES], tl.int32)
+    n_near = tl.zeros([ROWS, LANES], tl.int32)
+    n_above = tl.zeros([ROWS, LANES], tl.int32)
     opposite = tl.full([ROWS, LANES], float("-inf"), COMPUTE)
     greatest = tl.full([ROWS, LANES], float("-inf"), COMPUTE)
+    sum1 = tl.zeros([ROWS, LANES], COMPUTE)
+    sum2 = tl.zeros([ROWS, LANES], COMPUTE)
     for tile in range(start, end, LANES * VEC):
         s = load_tile(scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
         finite = _finite(s)
@@ -329,38 +339,17 @@ def _examine(
         n_nan += fold((s != s).to(tl.int32))
         opposite = tl.maximum(opposite, fold_max(tl.where(finite, -s, float("-inf"))))
         greatest = tl.maximum(greatest, fold_max(tl.where(finite, s, float("-inf"))))
-    of_inf, of_nan = tl.split(tl.sum(tl.join(n_inf, n_nan), 1))
-    opposite, greatest = tl.split(tl.max(tl.join(opposite, greatest), 1))
-    return tl.sum(n_finite, 1), of_inf, of_nan, -opposite, greatest
-
-
-@triton.jit
-def _part(
-    scores_ptr, mask_ptr, rows, start, end, stride, mask_stride, least, middle, greatest,
-    HAS_MASK: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """Of the scores from ``least`` to ``greatest`` in a share of odd rows, all [ROWS]: how many lie above the middle, the least of
-    these and the greatest of the others; and the sums of s - middle and its square."""
-    cols = columns(1, LANES, VEC)
-    n_above = tl.zeros([ROWS, LANES], tl.int32)
-    opposite = tl.full([ROWS, LANES], float("-inf"), COMPUTE)
-    below = tl.full([ROWS, LANES], float("-inf"), COMPUTE)
-    sum1 = tl.zeros([ROWS, LANES], COMPUTE)
-    sum2 = tl.zeros([ROWS, LANES], COMPUTE)
-    for tile in range(start, end, LANES * VEC):
-        s = load_tile(scores_ptr, mask_ptr, rows, tile + cols, tile + cols < end, stride, mask_stride, HAS_MASK, EVEN, COMPUTE)
-        inside = (s >= spread(least)) & (s <= spread(greatest))
-        above = inside & (s > spread(middle))
-        n_above += fold(above.to(tl.int32))
-        opposite = tl.maximum(opposite, fold_max(tl.where(above, -s, float("-inf"))))
-        below = tl.maximum(below, fold_max(tl.where(inside & ~above, s, float("-inf"))))
-        d = tl.where(inside, s - spread(middle), 0.0)
+        within = tl.abs(s) <= spread(near)
+        n_near += fold(within.to(tl.int32))
+        n_above += fold((finite & (s > spread(near))).to(tl.int32))
+        d = tl.where(within, s, 0.0)
         sum1 += fold(d)
         sum2 += fold(_product(d, d, 1))
-    opposite, below = tl.split(tl.max(tl.join(opposite, below), 1))
+    of_inf, of_nan = tl.split(tl.sum(tl.join(n_inf, n_nan), 1))
+    of_near, of_above = tl.split(tl.sum(tl.join(n_near, n_above), 1))
+    opposite, greatest = tl.split(tl.max(tl.join(opposite, greatest), 1))
     sum1, sum2 = tl.split(tl.sum(tl.join(sum1, sum2), 1))
-    return tl.sum(n_above, 1), -opposite, below, sum1, sum2
+    return tl.sum(n_finite, 1), of_inf, of_nan, -opposite, greatest, of_near, of_above, sum1, sum2
 
 
 @triton.jit
@@ -551,89 +540,55 @@ def _forward(
     odd = ~((sum2 < float("inf")) & (sum2 <= n_part * (eps * WIDE) * (eps * WIDE)))
     special = _any(odd)
     if special:
-        finite, of_inf, of_nan, smallest, largest = _examine(
-            scores_ptr, mask_ptr, rows, start, end, scores_stride, mask_stride, HAS_MASK, EVEN, COMPUTE, ROWS, LANES, VEC
-        )
+        near = tl.where(sum2 < float("inf"), tl.sqrt(sum2 / n_part) * FAR, NEAR)
+        finite, of_inf, of_nan, smallest, largest, of_near, of_above, near1, near2 = _examine(
+            scores_ptr, mask_ptr, rows, start, end, scores_stride, mask_stride, near,
+            HAS_MASK, EVEN, COMPUTE, ROWS, LANES, VEC,
+        )  # fmt: skip
         if PROGRAMS > 1:
             within = tl.arange(0, P_BLOCK) < PROGRAMS
             finite_or_nan = tl.where(of_nan > 0, -1, finite)
             # a loop, for an exchange is a lot of code
-            for turn in range(0, 2):
+            for turn in range(0, 4):
+                told = tl.where(turn == 0, finite_or_nan, tl.where(turn == 1, of_inf, tl.where(turn == 2, of_near, of_above)))
                 all1, counts, all2, alive = exchange(
-                    words_ptr, smallest, tl.where(turn == 0, finite_or_nan, of_inf), -largest, part, epoch + turn, alive,
-                    True, COOPERATIVE, PROGRAMS, P_BLOCK, RING,
+                    words_ptr, tl.where(turn == 0, smallest, near1), told, tl.where(turn == 0, -largest, near2), part,
+                    epoch + turn, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING,
                 )  # fmt: skip
+                count = tl.zeros_like(finite) + tl.sum(tl.maximum(counts, 0), 0)
                 if turn == 0:
                     of_nan = tl.zeros_like(of_nan) + tl.sum((counts < 0).to(tl.int32), 0)
-                    finite = tl.zeros_like(finite) + tl.sum(tl.maximum(counts, 0), 0)
+                    finite = count
                     smallest = tl.zeros_like(smallest) + tl.min(tl.where(within, all1, float("inf")), 0)
                     largest = tl.zeros_like(largest) - tl.min(tl.where(within, all2, float("inf")), 0)
+                elif turn == 1:
+                    of_inf = count
+                elif turn == 2:
+                    of_near = count
                 else:
-                    of_inf = tl.zeros_like(of_inf) + tl.sum(counts, 0)
-            epoch += 2
-        # what is told of odd rows is not to be seen in those beside them
-        n_nan = tl.where(odd, of_nan, n_nan)
-        n_inf = tl.where(odd, of_inf, n_inf)
-        n_finite = tl.where(odd, finite, n_finite)
-        beginning, ending = smallest, largest
-
-        # the part of the row that the threshold is in, without what is far off: halves of what lies between its ends
+                    of_above = count
+                    near1 = tl.zeros_like(near1) + tl.sum(all1, 0)
+                    near2 = tl.zeros_like(near2) + tl.sum(all2, 0)
+            epoch += 4
+        n_nan = _instead(odd, of_nan, n_nan)
+        n_inf = _instead(odd, of_inf, n_inf)
+        n_finite = _instead(odd, finite, n_finite)
+        # without what is far off, where the threshold is among the others: above -near, and not far above near
         of_all = n_finite.to(COMPUTE)
-        n_part = of_all
         need = k - n_inf.to(COMPUTE)
-        share = need / of_all
-        solvable = odd & (need > 0) & (need < of_all)
-        smallest = tl.where(solvable, smallest, 0.0)
-        largest = tl.where(solvable, largest, 0.0)
-        middle = 0.5 * smallest + 0.5 * largest
-        width = 0.5 * largest - 0.5 * smallest
-        halved = solvable & (width > eps * WIDE) & (middle < largest)
-        idle = tl.zeros([ROWS], tl.int32)
-        halvings = 0
-        own1 = tl.zeros([ROWS], COMPUTE)
-        own2 = tl.zeros([ROWS], COMPUTE)
-        going = _any(solvable) & alive
-        while going:
-            n_above, next_above, next_below, own1, own2 = _part(
-                scores_ptr, mask_ptr, rows, start, end, scores_stride, mask_stride, smallest, middle, largest,
-                HAS_MASK, EVEN, COMPUTE, ROWS, LANES, VEC,
-            )  # fmt: skip
-            if PROGRAMS > 1:
-                within = tl.arange(0, P_BLOCK) < PROGRAMS
-                for turn in range(0, 2):
-                    all1, counts, all2, alive = exchange(
-                        words_ptr, tl.where(turn == 0, next_above, own1), n_above, tl.where(turn == 0, -next_below, own2), part,
-                        epoch + turn, alive, True, COOPERATIVE, PROGRAMS, P_BLOCK, RING,
-                    )  # fmt: skip
-                    if turn == 0:
-                        next_above = tl.zeros_like(next_above) + tl.min(tl.where(within, all1, float("inf")), 0)
-                        next_below = tl.zeros_like(next_below) - tl.min(tl.where(within, all2, float("inf")), 0)
-                    else:
-                        n_above = tl.zeros_like(n_above) + tl.sum(counts, 0)
-                        own1 = tl.zeros_like(own1) + tl.sum(all1, 0)
-                        own2 = tl.zeros_like(own2) + tl.sum(all2, 0)
-                epoch += 2
-            going = _any(halved) & alive
-            of_above = n_above.to(COMPUTE)
-            upper = halved & (of_above >= need)
-            lower = halved & ~upper
-            smallest = tl.where(upper, next_above, smallest)
-            largest = tl.where(lower, next_below, largest)
-            n_part = tl.where(upper, of_above, tl.where(lower, n_part - of_above, n_part))
-            need = tl.where(lower, need - of_above, need)
-            middle = 0.5 * smallest + 0.5 * largest
-            before, width = width, 0.5 * largest - 0.5 * smallest
-            idle = tl.where(width * GAP < before, 0, idle + 1)
-            halvings += 1
-            halved = halved & (width > eps * WIDE) & (middle < largest) & (idle < IDLE_HALVINGS) & (halvings < MOST_HALVINGS)
-        need = tl.where(odd, tl.minimum(tl.maximum(need, 1e-6 * n_part), 0.999999 * n_part), need)
-        extra = tl.where(odd, eps * tl.log(need / (n_part * share)), 0.0)
-        # a bracket that no number can hold is infinite, and halved all the same
-        anchor = tl.where(odd, middle, anchor)
-        least = tl.where(odd, beginning - middle, least)
-        most = tl.where(odd, ending - middle, most)
-        sum1 = tl.where(odd, own1, sum1)
-        sum2 = tl.where(odd, own2, sum2)
+        n_part = of_all
+        rest = need - of_above.to(COMPUTE)
+        among = odd & (rest > 0) & (rest < of_near.to(COMPUTE))
+        need = tl.where(among, rest, need)
+        n_part = tl.where(among, of_near.to(COMPUTE), of_all)
+        extra = tl.where(among, eps * tl.log(of_all / n_part), 0.0)
+        # no number is too far from 0
+        anchor = tl.where(among | (odd & (largest - smallest == float("inf"))), 0.0, anchor)
+        sum1 = tl.where(among, near1, sum1)
+        sum2 = tl.where(among, near2, sum2)
+        reach = tl.where(among, eps * tl.log(of_all / rest), 0.0)
+        least = _instead(odd, tl.where(among, tl.maximum(smallest, -near) - reach, smallest - anchor), least)
+        most = _instead(odd, tl.where(among, tl.minimum(largest, near), largest - anchor), most)
         # the sums of a first sweep at another guess are worth nothing
         prior = tl.full([ROWS], float("nan"), COMPUTE)
     budget, safe_eps, hi, low, high, spacing, deviation, bad, full, empty = _begin(
@@ -1007,7 +962,7 @@ def _prepare_forward(
     double = compute == torch.float64
     max_sweeps = MAX_SWEEPS_64 if double else MAX_SWEEPS_32
     shared = shape.programs > 1
-    ring = 2 if cooperative else max_sweeps + 2 * MOST_HALVINGS.value + 9
+    ring = 2 if cooperative else max_sweeps + 9
     counted = count or (shared and not cooperative)
     k_is_tensor, eps_is_tensor, has_mask = (dtype is not None for dtype in dtypes)
     prepared = Prepared(

@@ -431,6 +431,18 @@ soft(
     "    moved = tl.where(which, hi + lo, hi)",
 )
 soft(
+    "soft_topk: threshold always near 0",
+    "the bracket of a row with scores far off is that of the others, whether or not the threshold is among them",
+    "        among = odd & (rest > 0) & (rest < of_near.to(COMPUTE))",
+    "        among = odd & (rest == rest)",
+)
+soft(
+    "soft_topk: bracket of odd rows from their scores",
+    "the ends of a row with infinities or scores far off are not measured from the point that the threshold is measured from",
+    "tl.minimum(largest, near), largest - anchor), most)",
+    "tl.minimum(largest, near), smallest - anchor), most)",
+)
+soft(
     "soft_topk: last tile of a pass left out",
     "a row that is re-read in tiles is read without the last, incomplete one",
     "    n_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK)\n    ahead",
