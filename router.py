@@ -51,7 +51,8 @@ def soft_topk(
 
     Args:
         scores: any shape with at least one dimension, float16, bfloat16, float32 or float64. Computed in float32 (float64
-            for float64), also under autocast. A score of +inf gets weight 1, one of -inf counts as masked.
+            for float64), also under autocast. A score of +inf gets weight 1, one of -inf counts as masked; finfo.min, which models
+            mask with too, is a valid entry that gets weight where k is more than the others can take.
         k: how many entries to take from a row, fractions allowed: a number >= 0, or a tensor broadcastable to the shape of
             ``scores`` without ``dim``. Where k is at least the number of valid entries, each of them gets weight 1. A tensor's
             values are clamped to [0, valid entries] on the device.
