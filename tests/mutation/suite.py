@@ -338,6 +338,24 @@ def _segments_agree(config: LaunchConfig, backend: str, device: str, rows: int, 
     return Check(f"segments, {config.variant}, {n_iters} iterations", "coordinate_descent", run)
 
 
+def _ends_of_the_type(config: LaunchConfig, device: str) -> Check:
+    """The largest and the smallest number in one row of soft_topk: half of each of the largest, nothing of the others."""
+    kernels = proof.raw("soft_topk", "triton")
+
+    def run(seed: int) -> list[tuple[str, str]]:
+        n, largest = 20, torch.finfo(torch.float32).max
+        above = torch.from_numpy(np.random.default_rng(seed).permutation(n) < n // 2).to(device)
+        scores = torch.where(above, largest, -largest)[None]
+        lam, threshold = kernels.forward(scores, n / 4, 0.03, None, _fitted(config, n))
+        wanted = torch.where(above, 0.5, 0.0)[None]
+        # half an ulp of the exponential and half of the product with it, and as much again
+        if not torch.allclose(lam, wanted, rtol=2.0**-22, atol=0.0) or not torch.isfinite(threshold).all():
+            return [("ends of the type", f"lam is {lam.tolist()} at the threshold {threshold.tolist()}; seed {seed}")]
+        return []
+
+    return Check("ends of the type", "soft_topk", run)
+
+
 def _fakes_agree(op: str, impl: str, device: str) -> Check:
     """What torch.compile is told of an operator's outputs is what they are."""
     function = public(op, impl)
@@ -529,6 +547,8 @@ def _gpu(op: str) -> Iterator[Check]:
     }
     yield from _kernels(op, "cuda", configs, cases, properties.ALWAYS)
     yield _far_apart(op)
+    if op == "soft_topk":
+        yield _ends_of_the_type(ONE_ROW, "cuda")
     yield _warps_keep_together(op, LaunchConfig("split", 1024, 1, 4, 1, 8, programs_per_row=4))
     if op == "coordinate_descent":
         tails = _case(op, 100, ("offset", "k = n - 1", "huge scale", "holes"), SLOW)
@@ -567,7 +587,9 @@ def _interpreter(op: str) -> Iterator[Check]:
         "shared": (_split(16, 2, 8),),
     }
     yield from _kernels(op, "cpu", configs, cases, SPARING)
-    if not exact:
+    if exact:
+        yield _ends_of_the_type(ONE_ROW, "cpu")
+    else:
         yield _segments_agree(FOUR_ROWS, "triton", "cpu", 2, 16, ANNEALED)
     transposed = _case(op, 17, ("normal", "k >= n"), CONSTANT, layout="transposed", tensor_eps=True)
     yield _examined("transposed, public", public(op, "triton"), transposed, "cpu", SPARING)
