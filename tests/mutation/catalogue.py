@@ -291,7 +291,7 @@ soft(
 )
 soft(
     "soft_topk: +inf taken for finite",
-    "a score of +inf goes into the moments of its row",
+    "a score of +inf counts as a finite one, and is what the others are measured from where it comes first",
     '    return (x > float("-inf")) & (x < float("inf"))',
     '    return x > float("-inf")',
 )

@@ -339,15 +339,17 @@ def _segments_agree(config: LaunchConfig, backend: str, device: str, rows: int, 
 
 
 def _ends_of_the_type(config: LaunchConfig, device: str) -> Check:
-    """The largest and the smallest number in one row of soft_topk: half of each of the largest, nothing of the others."""
+    """The largest and the smallest number in one row of soft_topk: half of each of the largest, nothing of the others;
+    and +inf before them."""
     kernels = proof.raw("soft_topk", "triton")
 
     def run(seed: int) -> list[tuple[str, str]]:
         n, largest = 20, torch.finfo(torch.float32).max
         above = torch.from_numpy(np.random.default_rng(seed).permutation(n) < n // 2).to(device)
-        scores = torch.where(above, largest, -largest)[None]
-        lam, threshold = kernels.forward(scores, n / 4, 0.03, None, _fitted(config, n))
-        wanted = torch.where(above, 0.5, 0.0)[None]
+        first = torch.ones(1, device=device)
+        scores = torch.cat([torch.inf * first, torch.where(above, largest, -largest)])[None]
+        lam, threshold = kernels.forward(scores, 1 + n / 4, 0.03, None, _fitted(config, n + 1))
+        wanted = torch.cat([first, torch.where(above, 0.5, 0.0)])[None]
         # half an ulp of the exponential and half of the product with it, and as much again
         if not torch.allclose(lam, wanted, rtol=2.0**-22, atol=0.0) or not torch.isfinite(threshold).all():
             return [("ends of the type", f"lam is {lam.tolist()} at the threshold {threshold.tolist()}; seed {seed}")]
