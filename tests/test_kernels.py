@@ -782,7 +782,8 @@ def test_a_bracket_wider_than_the_type_is_halved_all_the_same(large: float, conf
     """
     s = torch.tensor([[large] * 10 + [-large] * 10, [-large] * 10 + [large] * 10], device=DEVICE)
     lam, threshold = soft_topk.soft_topk_forward(s, 5.0, 0.03, None, config)
-    torch.testing.assert_close(lam, torch.where(s > 0, 0.5, 0.0), rtol=2**-21, atol=0)
+    # lam is exp(-log 2): half an ulp of the logarithm and one of the exponential, and as much again; it was exact where it is to be
+    torch.testing.assert_close(lam, torch.where(s > 0, 0.5, 0.0), rtol=0.0 if large == 1.6e38 else 2**-22, atol=0.0)
     grad = torch.arange(20.0, device=DEVICE).expand(2, 20).contiguous()
     ds = soft_topk.soft_topk_backward(grad, s, threshold, 0.03, None, config)[0]
     mean = torch.where(s > 0, grad, 0.0).sum(1, keepdim=True) / 10
@@ -818,7 +819,8 @@ def test_scores_far_off_cost_no_sweeps(far: str, config: LaunchConfig) -> None:
         sweeps, fewest = (soft_topk.count_sweeps(x, k, 0.1, None, config) for x in (far_off, infinite))
         assert (sweeps <= fewest + 3).all(), (sweeps.tolist(), fewest.tolist())
         lam, wanted = (soft_topk.soft_topk_forward(x, k, 0.1, None, config)[0] for x in (far_off, infinite))
-        torch.testing.assert_close(lam, wanted, rtol=1e-5, atol=1e-6)
+        # each sum is k to 2^-20 of what is unsaturated, and an exponent of up to 80 is rounded
+        torch.testing.assert_close(lam, wanted, rtol=2 * 2**-20 + 80 * 2**-23, atol=1e-37)
 
 
 # --- rows that are re-read -------------------------------------------------------------------------------------------
