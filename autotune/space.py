@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -133,6 +133,40 @@ def fitted(config: LaunchConfig, source: Key, key: Key) -> LaunchConfig:
         programs = max(2, config.programs_per_row * key.n // source.n)
         return replace(config, programs_per_row=min(programs, 2048))
     return config
+
+
+def form(config: LaunchConfig) -> LaunchConfig:
+    """A configuration without what follows from the length of the row: configurations of one form are one choice.
+
+    A resident row's block is its length, and ``num_warps`` says how many scores a warp has; how many programs share a row is left
+    out.
+    """
+    if config.variant == "resident":
+        return replace(config, block=0, num_warps=config.rows_per_program * config.block // config.num_warps)
+    return replace(config, programs_per_row=0) if config.variant == "split" else config
+
+
+NEW_FORM = 0.975
+"""A form that no key of the operator has is taken where it takes less than this share of the time of every form that one has."""
+
+
+def familiar(
+    ranked: Sequence[LaunchConfig], ratios: Mapping[LaunchConfig, float], forms: Container[LaunchConfig]
+) -> list[LaunchConfig]:
+    """The order in which candidates are taken, so that an operator gets along with few forms.
+
+    Args:
+        ranked: the candidates by preference (:func:`strategies.preferred`).
+        ratios: of each the time over the default's.
+        forms: the forms that keys of the operator have.
+
+    Returns:
+        The same, the first of a known form in front unless a new form is faster by more than :data:`NEW_FORM` says.
+    """
+    known = next((config for config in ranked if form(config) in forms), None)
+    if known is None or ratios[ranked[0]] < NEW_FORM * ratios[known]:
+        return list(ranked)
+    return [known, *(config for config in ranked if config != known)]
 
 
 HINTS = 2

@@ -140,35 +140,93 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
         # a block of rows that stays in half a MiB of the second-level cache
         rows = max(1, min(256, (1 << 19) // (key.n * itemsize)))
         return LaunchConfig("eager", rows_per_program=rows, checkpoint_segments=segments)
-    # near the best of what was timed on an H100 (`coordroute exhaust`, `coordroute autotune --effort full`); nothing spills in
-    # float32 (kernels/aot.py), but for what a limit of registers puts away
+    # near the best of what was timed on an H100 (`coordroute exhaust`, `coordroute autotune --effort full`), in few forms; nothing
+    # spills in float32 (kernels/aot.py), but for what a limit of registers puts away
     words = itemsize // 4
     if _shared(key, words):
         return _long_rows(key, segments)
-    per_thread = _per_thread(key, words)
-    # short rows share a program, as long as there are enough of them for all processors
-    share = 2048 if (key.op, key.direction) == ("soft_topk", "forward") else 1024
-    rows = max(1, min(32 * per_thread // key.n, next_power_of_2(key.rows) // share))
-    warps = min(max(next_power_of_2(rows * key.n // (32 * per_thread)), 1), 32)
-    if warps == 1 and rows * key.n >= 128 and key.rows > rows and (key.op, key.direction) == ("soft_topk", "backward"):
-        # one pass over the row: programs of one warp are too many
-        rows, warps = 2 * rows, 2
-    # a thread that iterates on many scores takes so many registers that few programs run side by side
-    held = rows * key.n // (32 * warps)
-    if (key.op, key.direction) == ("soft_topk", "forward"):
-        # where one register more would halve them, which it does at lengths that are no power of two
-        limited = held == 64 and warps == 8 and key.rows > PROCESSORS
-    elif key.op == "coordinate_descent":
-        limited = held == 32 if key.direction == "backward" else 32 <= held <= 64 and key.rows >= 64
+    if key.op == "soft_topk":
+        tile = _one_pass(key, words) if key.direction == "backward" else _sweeps(key, words)
     else:
-        limited = False
-    limit = 128 if words == 1 and limited else 0
-    return LaunchConfig("resident", key.n, rows, warps, 1, segments, max_registers=limit)
+        tile = _no_reduction(key, words) if key.direction == "backward" else _iterations(key, words)
+    warps = min(max(next_power_of_2(tile.rows * key.n // (32 * tile.scores)), 1), 32)
+    limit = tile.max_registers if words == 1 else 0
+    return LaunchConfig("resident", key.n, tile.rows, warps, 1, segments, max_registers=limit)
+
+
+class _Tile(NamedTuple):
+    """What a program has of the scores where rows stay in registers.
+
+    Attributes:
+        rows: rows a program.
+        scores: scores a thread: the more, the less is done twice; the fewer, the more threads share the latency.
+        max_registers: the most registers a thread; 0 leaves it to the compiler. A thread that iterates on many scores takes so
+            many that few programs run side by side.
+    """
+
+    rows: int
+    scores: int
+    max_registers: int = 0
 
 
 def _many(key: Key) -> bool:
     """Whether there are more rows than fill the processors."""
     return key.rows * key.n > 1 << 19
+
+
+def _together(key: Key, scores: int, share: int) -> int:
+    """Rows a program of one warp: as many short ones as it holds, as long as there are ``share`` programs of them."""
+    return max(1, min(32 * scores // key.n, next_power_of_2(key.rows) // share))
+
+
+def _sweeps(key: Key, words: int) -> _Tile:
+    """soft_topk forward: a few sweeps over the row, each with one reduction."""
+    spread = max(key.n // 4, 1)  # a row is spread over a few threads at least
+    if words == 2:
+        return _Tile(_together(key, 16, 2048), 16)
+    long = key.n >= (2048 if _many(key) else 8192) or (key.n >= 1024 and key.rows * key.n >= 1 << 23)
+    scores = min(64 if long else 32, spread)
+    # where one register more would halve the programs, which it does at lengths that are no power of two
+    limited = scores == 64 and key.n == 16384 and key.rows > PROCESSORS
+    return _Tile(_together(key, scores, 2048), scores, 128 if limited else 0)
+
+
+def _one_pass(key: Key, words: int) -> _Tile:
+    """soft_topk backward: one pass over the row. Programs of one warp would be too many."""
+    if key.n <= 256:
+        return _Tile(max(1, min(8, next_power_of_2(key.rows) // 512)), 8)
+    return _Tile(1, 32 if key.n >= 16384 and words == 1 else 8)
+
+
+def _iterations(key: Key, words: int) -> _Tile:
+    """coordinate_descent forward: many sweeps over the row, each with an exponential a score."""
+    spread = max(key.n // 2, 1)
+    if words == 2:
+        return _Tile(_together(key, 16, 1024), 16)
+    if key.n <= 1024 and not _many(key):
+        return _Tile(1, min(8, spread), 64)
+    cells = key.rows * key.n
+    if key.n < 2048:
+        scores = min(64 if key.n >= 256 and cells >= 1 << 21 else 32, spread)
+        return _Tile(_together(key, scores, 1024), scores, 0 if scores == 64 else 128)
+    if key.n <= 8192 and not _many(key):
+        return _Tile(1, 32, 128)
+    return _Tile(1, 128 if key.n >= 16384 and cells >= 1 << 21 else 64)
+
+
+def _no_reduction(key: Key, words: int) -> _Tile:
+    """coordinate_descent backward: an exponential a score and iteration, and no reduction among them."""
+    half, cells = key.dtype != "float32", key.rows * key.n
+    if words == 2:
+        return _Tile(_together(key, 16, 1024), 16)
+    if key.n > 1024:
+        return _Tile(1, 64, 168) if half and key.n >= 8192 and _many(key) else _Tile(1, 32, 128)
+    if cells < 1 << 22:
+        # a warp for each row, or several where there are few rows
+        scores = min(32, max(key.n // 32, 8)) if _many(key) else 8
+        return _Tile(1, min(scores, max(key.n // 2, 1)), 128 if scores == 32 else 64)
+    scores = min(32, max(key.n // (2 if half else 4), 1))
+    return _Tile(_together(key, scores, 1024), scores, 128 if scores == 32 else 0)
 
 
 def _shared(key: Key, words: int) -> bool:
@@ -177,28 +235,6 @@ def _shared(key: Key, words: int) -> bool:
     if key.direction == "forward":
         return key.n > longest or (key.n == longest and key.rows <= 16)
     return key.n >= longest or (key.n >= 16384 and key.rows * key.n <= 1 << 18)
-
-
-def _per_thread(key: Key, words: int) -> int:
-    """Scores a thread of a resident row: the more, the less is done twice; the fewer, the more threads share the latency."""
-    if words == 2:
-        return 16 if key.op == "coordinate_descent" or key.direction == "forward" else 8
-    half, cells = key.dtype != "float32", key.rows * key.n
-    # a row is spread over a few threads at least
-    two = half or (key.op, key.direction) == ("coordinate_descent", "forward")
-    few = max(key.n // (2 if two else 4), 1)
-    if key.op == "soft_topk":
-        if key.direction == "backward":
-            return min(8, few)
-        long = key.n >= (2048 if _many(key) else 8192)
-        return min(64 if long or (half and cells >= 1 << 23) else 32, few)
-    if not _many(key) and key.n <= 1024:
-        return min(16 if half and key.direction == "backward" else 8, few)
-    if key.direction == "backward":
-        return min(32, few)
-    if key.n < 2048:
-        return min(64 if cells >= 1 << 21 else 32, few)
-    return 64 if _many(key) or key.n >= 8192 else 32
 
 
 PROCESSORS = 132
@@ -212,12 +248,17 @@ def side_by_side(rows: int) -> int:
 
 def _long_rows(key: Key, segments: int | None) -> LaunchConfig:
     """Rows that are too long for one program, or few enough to be shared by several."""
+    cells = key.rows * key.n
     if key.direction == "backward":
-        small = key.rows * key.n <= (1 << 19 if key.op == "coordinate_descent" else 1 << 18)
         if key.op == "coordinate_descent":
-            block, warps = (1024, 2) if small else (4096, 4)
+            # of very many programs a row the exchange takes long
+            block = 1024 if key.n <= 1 << 18 else 4096
+            warps = 4 if cells <= 1 << 18 else block // 1024
+        elif cells <= (1 << 19 if key.dtype == "float32" else 1 << 18):
+            block, warps = 1024, 8
         else:
-            block, warps = (1024, 8) if small else (4096, 16)
+            # one program for each processor, or else enough of them for several
+            block, warps = (4096, 16) if cells <= 1 << 19 else (2048, 8)
         if key.dtype == "float64":
             warps = block // 512
         return LaunchConfig("split", block, 1, warps, 1, segments, programs_per_row=min(max(key.n // block, 1), 2048))

@@ -476,7 +476,7 @@ def _load_state(states_ptr, rows, live, t, n_iters):
 
 @triton.jit
 def _load_next(states_ptr, rows, live, t, n_iters):
-    """The same in the loops of the backward, where a row alone in its program is not unless it has something to route."""
+    """The same in the loop of the tail, where a row alone in its program is not unless it has something to route."""
     if rows.shape[0] == 1:
         return tl.load(states_ptr + rows * n_iters + tl.maximum(t - 1, 0))
     else:

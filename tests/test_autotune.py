@@ -18,6 +18,7 @@ from coordroute.autotune.binaries import Compiled
 from coordroute.autotune.space import Group
 from coordroute.kernels import config as kernel_config
 from coordroute.kernels.config import Key, LaunchConfig
+from coordroute.reports import evidence
 
 CPU = torch.device("cpu")
 SMALL = [Group("soft_topk", "float32", 4, 16), Group("coordinate_descent", "float32", 4, 16)]
@@ -48,6 +49,62 @@ def test_every_candidate_may_be_stored_for_its_key(backend, effort):
 def test_quick_is_a_part_of_full():
     for backend in ("triton", "cpu"):
         assert set(space.groups(backend, "quick")) <= set(space.groups(backend, "full"))
+
+
+def resident(n: int, warps: int, rows: int = 1, limit: int = 0) -> LaunchConfig:
+    return LaunchConfig("resident", n, rows, warps, 1, max_registers=limit)
+
+
+def test_a_form_leaves_out_what_follows_from_the_length():
+    assert space.form(resident(1024, 1)) == space.form(resident(8192, 8))
+    assert len({space.form(one) for one in (resident(64, 1), resident(64, 2), resident(64, 2, 2), resident(64, 1, 1, 40))}) == 4
+    shared = LaunchConfig("split", 4096, 1, 4, 1, programs_per_row=8)
+    assert space.form(shared) == space.form(replace(shared, programs_per_row=32)) != space.form(replace(shared, block=2048))
+    tiled = LaunchConfig("tiled", 4096, 1, 16, 1)
+    assert space.form(tiled) == tiled
+    # what the reports count is the same
+    keys = [group.key("forward") for group in space.groups("triton", "quick") if group.dtype == "float32"]
+    found = {config for key in keys for config in space.candidates(key, "triton", "full")}
+    forms = {}
+    for config in found:
+        forms.setdefault(space.form(config), set()).add(evidence.form(config.to_json()))
+    assert all(len(told) == 1 for told in forms.values()) and len(forms) == len({evidence.form(one.to_json()) for one in found})
+
+
+def test_a_form_that_no_key_has_must_gain_more():
+    new, known, other = resident(64, 1), resident(64, 2), resident(64, 4)
+    forms = {space.form(resident(1024, 32)), space.form(resident(1024, 64))}
+    assert forms == {space.form(known), space.form(other)}
+    ratios = {new: 0.90, known: 0.92, other: 0.95}
+    assert space.familiar([new, known, other], ratios, forms) == [known, new, other]
+    assert space.familiar([new, other, known], ratios, {space.form(known)}) == [known, new, other]
+    assert space.familiar([new, known, other], ratios | {known: 0.93}, forms) == [new, known, other]
+    assert space.familiar([known, new, other], ratios, forms) == [known, new, other]
+    assert space.familiar([new, known, other], ratios, ()) == [new, known, other]
+
+
+@pytest.mark.parametrize("backend, most", [("triton", 17), ("cpu", 16)])
+def test_the_heuristic_gets_along_with_few_forms(backend, most):
+    keys = [group.key(way) for group in space.groups(backend, "full") for way in kernel_config.DIRECTIONS]
+    for op in kernel_config.OPS:
+        assert len({space.form(kernel_config.heuristic(key, backend)) for key in keys if key.op == op}) <= most
+
+
+def test_groups_of_an_item_agree_on_a_new_form_in_their_order(tmp_path):
+    groups = [Group("soft_topk", "float32", 4096, n) for n in (64, 128, 256)]
+    made = on_a_gpu(tmp_path / "made.json", groups)
+    hunts = {}
+    # the first two have found two new forms that are nearly as good as each other, the third one that surely is not
+    for group, order in reversed(list(zip(groups, ((1, 2), (2, 1), (2, 1)), strict=True))):
+        tracks = {way: made.track(group, way) for way in kernel_config.DIRECTIONS}
+        for track in tracks.values():
+            fast = 0.80 if group.n == 256 else 0.899
+            track.ranked = [resident(group.n, group.n // 64, 16 * one) for one in order] + [track.default]
+            track.ratios = dict(zip(track.ranked, (fast, 0.90, 1.0), strict=True))
+        hunts[group.label()] = types.SimpleNamespace(group=group, tracks=tracks)
+    made.agree(hunts)
+    for way in kernel_config.DIRECTIONS:
+        assert [hunts[group.label()].tracks[way].ranked[0].rows_per_program for group in groups] == [16, 16, 32]
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
