@@ -19,8 +19,10 @@ Where the output file has a choice for both directions of a group whose proofs d
 has changed, nothing is searched: only that and the default are proved and timed, while what the next items launch is compiled.
 Groups whose proofs hold are then left as they are. ``fresh`` looks at all candidates again.
 
-A configuration serves all lengths down to the next key. So on a GPU what beats the default at its key is raced at a length between
-this key and the next too, and is not taken if it loses more there than it gains at its key; not again what was chosen before.
+A configuration serves all lengths down to the next key. So on a GPU the best few of a search are raced at a length between this key
+and the next too, and are preferred by both; and what comes of that is raced there against the default as in step 4. It is taken
+if it gains at its key and does not lose more between, or if it does not lose at its key and gains between. What was chosen
+before is not raced there again.
 """
 
 from __future__ import annotations
@@ -89,6 +91,12 @@ SURPRISE = 1.1
 
 BETWEEN = 25
 """Of how many 32nds of the key's length the rows are at which what is taken must not lose more than it gains at its key."""
+
+BETWEEN_ROUNDS = 9
+"""Rounds of the race between the keys in a search."""
+
+CONTENDERS, CONTEND = 4, 1.03
+"""How many candidates are raced between the keys at most, and within which factor of the best at the key."""
 
 ALTERNATIVES = 3
 """How many further candidates of a direction are tried where a proof fails, before the default is left."""
@@ -257,7 +265,21 @@ class Candidate:
 
 @dataclass
 class Track:
-    """One direction of a group while it is searched."""
+    """One direction of a group while it is searched.
+
+    Attributes:
+        key: what is searched.
+        default: the heuristic's configuration.
+        known: what an earlier run has chosen, or None.
+        samples: of each candidate the times in microseconds.
+        candidates: what became of each.
+        binaries: of each binary the first candidate that has it.
+        asked: how often the search has asked.
+        ranked: what may be taken, the preferred first; without its checkpoint segments until those are chosen.
+        ratios: of each candidate the time over the default's at the key.
+        figures: what they are preferred by: that, and of those that were raced between the keys the mean of both.
+        launches: how many were timed.
+    """
 
     key: Key
     default: LaunchConfig
@@ -268,6 +290,7 @@ class Track:
     asked: int = 0
     ranked: list[LaunchConfig] = field(default_factory=list)
     ratios: dict[LaunchConfig, float] = field(default_factory=dict)
+    figures: dict[LaunchConfig, float] = field(default_factory=dict)
     launches: int = 0
 
     @property
@@ -312,9 +335,15 @@ class Hunt:
     tracks: dict[str, Track]
     deadline: float
     steps: Generator[tuple[str, Ask], Answer, None]
+    beside: dict[str, Track] = field(default_factory=dict)
     direction: str = ""
     ask: Ask = _NOTHING
     compiles: dict[LaunchConfig, Future[Compiled]] = field(default_factory=dict)
+
+    @property
+    def asking(self) -> Track:
+        """What the present ask is about; that of a direction between the keys is called "<direction> between"."""
+        return self.beside[self.direction] if self.direction in self.beside else self.tracks[self.direction]
 
     def ready(self) -> bool:
         return all(future.done() for future in self.compiles.values())
@@ -673,12 +702,13 @@ class _Search:
             rest = sum(map(len, self.items)) - len(self.results) - len(self.out_of_time)
             deadline = time.monotonic() + (self.deadline - time.monotonic()) / max(rest, left, 1) * 1.5
         tracks = {direction: self.track(group, direction) for direction in DIRECTIONS}
-        for track in tracks.values():
+        beside = {f"{direction} between": self.beside(track) for direction, track in tracks.items()} if self.plan.between else {}
+        for track in (*tracks.values(), *beside.values()):
             self.timer.open(track.name, track.key)
-        return Hunt(group, tracks, min(deadline, self.deadline), self.steps(group, tracks))
+        return Hunt(group, tracks, min(deadline, self.deadline), self.steps(group, tracks), beside)
 
     def close(self, hunt: Hunt) -> None:
-        for track in hunt.tracks.values():
+        for track in (*hunt.tracks.values(), *hunt.beside.values()):
             self.timer.close(track.name)
 
     def steps(self, group: Group, tracks: dict[str, Track]) -> Generator[tuple[str, Ask], Answer, None]:
@@ -695,12 +725,33 @@ class _Search:
             search = strategies.local_race(track.default, self.seeds(track), self.space_of(track), hints, plan)
             with contextlib.suppress(strategies.DefaultFailed):
                 found = yield from _tagged(direction, search)
-                track.ratios = found.ratios
-                track.ranked = space.familiar(found.ranked, found.ratios, self.forms(group.op)) if self.few else found.ranked
+                track.ranked, track.ratios, track.figures = found.ranked, found.ratios, found.ratios
+                if self.plan.between:
+                    yield from self.between(direction, track, hints)
+                if self.few:
+                    track.ranked = space.familiar(track.ranked, track.figures, self.forms(group.op))
             self.show(track, "searched")
             self.say(f"searched {track.name}", 1)
         if all(track.ranked and track.known is None for track in tracks.values()):
             yield from self.segments(group, tracks)
+
+    def between(self, direction: str, track: Track, hints: Sequence[LaunchConfig]) -> Generator[tuple[str, Ask], Answer, None]:
+        """Races the best few of a direction between the keys; what is best at both comes first then."""
+        best = min(track.ratios.values())
+        few = [config for config in track.ranked if track.ratios[config] <= CONTEND * best][:CONTENDERS]
+        if few == [track.default]:
+            return
+        asked = Ask(tuple(dict.fromkeys([track.default, *few])), BETWEEN_ROUNDS)
+        answer = yield f"{direction} between", asked
+        track.launches += sum(map(len, answer.values()))
+        if track.default not in answer:
+            return
+        base = strategies.low(answer[track.default])
+        means = {one: math.sqrt(track.ratios[one] * strategies.low(answer[one]) / base) for one in few if one in answer}
+        if means:
+            first = strategies.preferred(means, track.default, hints, self.plan.search.tie)
+            track.ranked = [*first, *(config for config in track.ranked if config not in means)]
+            track.figures = track.ratios | means
 
     def forms(self, op: str) -> set[LaunchConfig]:
         """The forms of configurations that keys of an operator have: the defaults', and what the items before this have chosen.
@@ -720,8 +771,8 @@ class _Search:
         for hunt in (hunts[group.label()] for group in self.groups if group.label() in hunts):
             for track in hunt.tracks.values():
                 # checkpoint segments are chosen for both directions together, and on top
-                if track.known is None and track.ranked and track.ranked[0] in track.ratios:
-                    track.ranked = space.familiar(track.ranked, track.ratios, forms[hunt.group.op])
+                if track.known is None and track.ranked and track.ranked[0] in track.figures:
+                    track.ranked = space.familiar(track.ranked, track.figures, forms[hunt.group.op])
                     forms[hunt.group.op].add(space.form(track.ranked[0]))
 
     def segments(self, group: Group, tracks: dict[str, Track]) -> Generator[tuple[str, Ask], Answer, None]:
@@ -750,13 +801,13 @@ class _Search:
         except StopIteration:
             self.close(hunt)
             return False
-        track = hunt.tracks[hunt.direction]
+        track = hunt.asking
         hunt.compiles = {config: self.compile(track, config, 0) for config in hunt.ask.configs}
         return True
 
     def answer(self, hunt: Hunt) -> Answer:
         """Times what is asked for, or finds it in the journal."""
-        track, ask = hunt.tracks[hunt.direction], hunt.ask
+        track, ask = hunt.asking, hunt.ask
         timed, alias = self.compiled(hunt, track)
         name = f"{track.name} {track.asked}"
         track.asked += 1
@@ -791,7 +842,8 @@ class _Search:
             if same in answer:
                 answer[config] = answer[same]
                 track.candidates[config].median_us = track.candidates[same].median_us
-        self.show(track, "searching")
+        if hunt.direction in hunt.tracks:
+            self.show(track, "searching")
         return answer
 
     def compiled(self, hunt: Hunt, track: Track) -> tuple[list[LaunchConfig], dict[LaunchConfig, LaunchConfig]]:
@@ -950,7 +1002,7 @@ class _Search:
         compiles: list[Future[Compiled]] = []
         for name, pair in pairs.items():
             found[name] = self.final(hunts[name], pair, again)
-            won[name] = self.doubtful(hunts[name], found[name])
+            won[name] = self.doubtful(hunts[name], pair, found[name])
             for direction, track in won[name].items():
                 for config in (track.default, pair.configs()[direction]):
                     compiles.append(self.compile(self.beside(track), config, 0))
@@ -972,14 +1024,31 @@ class _Search:
         """Whether forward and backward have to agree on another number of segments: both are taken, or none is."""
         return pair.one.checkpoint_segments != hunt.tracks["forward"].default.checkpoint_segments
 
-    def doubtful(self, hunt: Hunt, raced: _Raced) -> dict[str, Track]:
-        """The directions in which what won is raced between the keys too; not what an earlier run has chosen."""
+    def doubtful(self, hunt: Hunt, pair: _Pair, raced: _Raced) -> dict[str, Track]:
+        """The directions in which what won or did not surely lose is raced between the keys too; not what was chosen before."""
         if not self.plan.between:
             return {}
-        return {direction: track for direction, track in hunt.tracks.items() if raced.taken[direction] and track.known is None}
+        found = {}
+        for direction, track in hunt.tracks.items():
+            config = pair.configs()[direction]
+            level = not self.other_segments(hunt, pair) and self.level(raced.timed[direction], config, track.default)
+            if track.known is None and (raced.taken[direction] or level):
+                found[direction] = track
+        return found
+
+    @staticmethod
+    def level(timed: dict[LaunchConfig, timing.Timed], config: LaunchConfig, default: LaunchConfig) -> bool:
+        """Whether what was chosen does not surely lose to the default."""
+        if config == default or config not in timed or default not in timed:
+            return False
+        return not strategies.beats(timed[default].samples, timed[config].samples)
 
     def held(self, hunt: Hunt, pair: _Pair, raced: _Raced, won: dict[str, Track], again: str) -> _Raced:
-        """What is still taken after a race between the keys: what does not surely lose more there than it gains at its key."""
+        """What is taken after a race between the keys.
+
+        Of what won at its key, that which does not surely lose more there than it gains; of what did not surely lose at its key,
+        that which surely gains there.
+        """
         configs = pair.configs()
         between = {direction: self.last_race(self.beside(track), configs[direction], again) for direction, track in won.items()}
         for direction, track in won.items():
@@ -995,8 +1064,11 @@ class _Search:
                 for direction, track in won.items()
             }
             holds = {direction: _holds(*both) for direction, both in samples.items()}
+            for direction, (_, (own, default)) in samples.items():
+                if not raced.taken[direction]:
+                    holds[direction] = bool(own and default) and strategies.beats(own, default)
         for direction, track in won.items():
-            if not holds[direction]:
+            if raced.taken[direction] and not holds[direction]:
                 ratio, n = _ratio(between[direction], configs[direction], track.default), self.beside(track).key.n
                 said = "could not be timed" if ratio is None else f"takes {ratio:.3f} of the default's time"
                 track.drop(configs[direction], "slower between", f"{said} at rows of {n}")

@@ -100,7 +100,7 @@ def test_groups_of_an_item_agree_on_a_new_form_in_their_order(tmp_path):
         for track in tracks.values():
             fast = 0.80 if group.n == 256 else 0.899
             track.ranked = [resident(group.n, group.n // 64, 16 * one) for one in order] + [track.default]
-            track.ratios = dict(zip(track.ranked, (fast, 0.90, 1.0), strict=True))
+            track.figures = dict(zip(track.ranked, (fast, 0.90, 1.0), strict=True))
         hunts[group.label()] = types.SimpleNamespace(group=group, tracks=tracks)
     made.agree(hunts)
     for way in kernel_config.DIRECTIONS:
@@ -631,6 +631,38 @@ def test_what_loses_more_between_the_keys_than_it_gains_at_its_key_is_not_taken(
         made_stale(quick, {SMALL[0].label()})
         there = -1.0
         assert chosen(run(groups=SMALL[:1])) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("at_key", "there", "taken"),
+    [
+        # candidates of one and of two rows; the default takes 10 us everywhere
+        ({1: 5.0, 2: 5.1}, {1: 9.0, 2: 5.0}, 2),
+        ({1: 5.0, 2: 5.1}, {1: 5.0, 2: 5.0}, 1),
+        ({1: 5.0, 2: 5.3}, {1: 9.0, 2: 5.0}, 1),  # too slow at the key
+        ({1: 10.0, 2: 12.0}, {1: 8.0, 2: 8.0}, 1),  # as fast as the default there, and faster between
+        ({1: 10.0, 2: 12.0}, {1: 10.0, 2: 8.0}, None),
+        ({1: 10.1, 2: 12.0}, {1: 8.0, 2: 8.0}, None),  # nothing that surely loses at its key
+    ],
+)
+def test_candidates_are_preferred_by_their_times_at_the_key_and_between(quick, rows, monkeypatch, at_key, there, taken):
+    rows(1, 2)
+    monkeypatch.setitem(search._PLANS, ("cpu", "quick"), replace(search._PLANS["cpu", "quick"], between=True))
+    noted: list[str] = []
+
+    def sample(self, name, configs, rounds, seconds=None):
+        known = there if name.endswith(f"x{SMALL[0].n * 25 // 32}") else at_key
+        noted.append(f"{name} {rounds}")
+        return {config: [known.get(config.rows_per_program, 10.0)] * rounds for config in configs}, {}
+
+    monkeypatch.setattr(timer.Timer, "sample", sample)
+    seen: list[search.KeyStatus] = []
+    result = run(groups=SMALL[:1], watch=seen.append)
+    default = kernel_config.heuristic(SMALL[0].key("forward"), "cpu").rows_per_program
+    assert chosen(result) == [taken or default] * 2
+    assert {status.key for status in seen} == {SMALL[0].key(way) for way in kernel_config.DIRECTIONS}
+    assert any(name.endswith(f"x{SMALL[0].n * 25 // 32} {search.BETWEEN_ROUNDS}") for name in noted)
+    assert result["dropped"] == {}
 
 
 def test_the_fastest_is_taken_where_its_proof_holds_and_else_the_next(quick, speeds, rows, monkeypatch):
