@@ -140,8 +140,8 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
         # a block of rows that stays in half a MiB of the second-level cache
         rows = max(1, min(256, (1 << 19) // (key.n * itemsize)))
         return LaunchConfig("eager", rows_per_program=rows, checkpoint_segments=segments)
-    # near the best of what was timed on an H100 (`coordroute exhaust`, `coordroute autotune --effort full`), in few forms; nothing
-    # spills in float32 (kernels/aot.py), but for what a limit of registers puts away
+    # near the best of what was timed on an H100 (`coordroute exhaust`, `coordroute autotune --effort full`), at the keys and
+    # between them, in few forms; nothing spills in float32 (kernels/aot.py), but for what a limit of registers puts away
     words = itemsize // 4
     if _shared(key, words):
         return _long_rows(key, segments)
@@ -184,17 +184,25 @@ def _sweeps(key: Key, words: int) -> _Tile:
     spread = max(key.n // 4, 1)  # a row is spread over a few threads at least
     if words == 2:
         return _Tile(_together(key, 16, 2048), 16)
+    if key.dtype == "float32" and key.n in (2048, 8192) and key.rows > 2 * PROCESSORS:
+        # half as many scores a thread are as good at these lengths, and much better at those below
+        return _Tile(1, 32, 64 if key.n == 8192 else 0)
     long = key.n >= (2048 if _many(key) else 8192) or (key.n >= 1024 and key.rows * key.n >= 1 << 23)
     scores = min(64 if long else 32, spread)
+    rows = _together(key, scores, 2048)
     # where one register more would halve the programs, which it does at lengths that are no power of two
     limited = scores == 64 and key.n == 16384 and key.rows > PROCESSORS
-    return _Tile(_together(key, scores, 2048), scores, 128 if limited else 0)
+    return _Tile(rows, scores, 128 if limited else 80 if scores == 32 and rows > 1 else 0)
 
 
 def _one_pass(key: Key, words: int) -> _Tile:
     """soft_topk backward: one pass over the row. Programs of one warp would be too many."""
     if key.n <= 256:
         return _Tile(max(1, min(8, next_power_of_2(key.rows) // 512)), 8)
+    if key.n <= 1024 and not _many(key):
+        return _Tile(1, 8, 40)
+    if key.dtype == "float32" and key.n == 2048 and _many(key):
+        return _Tile(1, 8, 64)
     return _Tile(1, 32 if key.n >= 16384 and words == 1 else 8)
 
 
