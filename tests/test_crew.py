@@ -299,6 +299,7 @@ def test_a_store_that_hangs_or_is_gone_is_said_in_time():
         members = [Crew(rank, 2, rank, "127.0.0.1", port, timeout=2.0) for rank in range(2)]
         assert members[0].claim(1) == 0
         os.kill(server.pid, signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(server.pid, os.WUNTRACED)[1])  # until then its thread may still answer
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"^rank 0 lost the store of its tuning run at .* \(no answer within 2 s\)$"):
             members[0].finish(0, "{}")
