@@ -45,6 +45,7 @@ import torch
 
 from ..kernels import config as kernel_config
 from ..kernels.config import DIRECTIONS, Key, LaunchConfig
+from ..reports.evidence import Form
 from . import device as devices
 from . import space, store, strategies, timing
 from .binaries import FORMS, Compiled
@@ -369,7 +370,6 @@ class _Search:
         self.device, self.effort, self.path, self.seed, self.crew = device, effort, path, seed, crew
         self.backend = devices.backend(device)
         self.plan = _PLANS[self.backend, effort]
-        self.few = self.backend == "triton"
         self.description, self.versions = devices.describe(device), devices.versions()
         self.workers = default_workers(self.backend) if workers is None else workers
         rank, ranks = (crew.rank, crew.world_size) if crew else (0, 1)
@@ -584,7 +584,7 @@ class _Search:
                 before = self.chosen_before(group)
                 if self.journal.get("group", group.label()) is not None or (priority == 4 and not before):
                     continue
-                tracks = self.tracks_of(group)
+                tracks = [self.track(group, direction) for direction in DIRECTIONS]
                 for track in tracks:
                     for config in dict.fromkeys([track.default, *self.seeds(track)]):
                         # the proof of what was chosen before launches the same, but where programs share rows: fewer of more
@@ -728,7 +728,7 @@ class _Search:
                 track.ranked, track.ratios, track.figures = found.ranked, found.ratios, found.ratios
                 if self.plan.between:
                     yield from self.between(direction, track, hints)
-                if self.few:
+                if self.backend == "triton":
                     track.ranked = space.familiar(track.ranked, track.figures, self.forms(group.op))
             self.show(track, "searched")
             self.say(f"searched {track.name}", 1)
@@ -753,17 +753,15 @@ class _Search:
             track.ranked = [*first, *(config for config in track.ranked if config not in means)]
             track.figures = track.ratios | means
 
-    def forms(self, op: str) -> set[LaunchConfig]:
+    def forms(self, op: str) -> set[Form]:
         """The forms of configurations that keys of an operator have: the defaults', and what the items before this have chosen.
 
         Not what other groups of the item have found so far, for which are found first is chance.
         """
-        defaults = (track.default for group in self.groups if group.op == op for track in self.tracks_of(group))
+        keys = (group.key(direction) for group in self.groups if group.op == op for direction in DIRECTIONS)
+        defaults = (kernel_config.heuristic(key, self.backend) for key in keys)
         chosen = (config for key, config in self.chosen.items() if key.op == op)
         return {space.form(config) for config in (*defaults, *chosen)}
-
-    def tracks_of(self, group: Group) -> list[Track]:
-        return [self.track(group, direction) for direction in DIRECTIONS]
 
     def agree(self, hunts: dict[str, Hunt]) -> None:
         """Has the groups of an item, in their order, take the same new forms of configurations where that costs little."""
@@ -898,7 +896,7 @@ class _Search:
     def finished(self, hunts: dict[str, Hunt]) -> dict[str, list[Json]]:
         """Proves what was found in some groups, all at a time, and then times it against the defaults."""
         begin = time.monotonic()
-        if self.few:
+        if self.backend == "triton":
             self.agree(hunts)
         for hunt in hunts.values():
             for track in hunt.tracks.values():

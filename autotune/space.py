@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from ..kernels import config as kernel_config
 from ..kernels.config import Key, LaunchConfig
+from ..reports import evidence
+from ..reports.evidence import Form
 from .strategies import neighbours
 
 SEGMENTS = (20, 10, 5, 4, 2, 1)
@@ -135,24 +137,16 @@ def fitted(config: LaunchConfig, source: Key, key: Key) -> LaunchConfig:
     return config
 
 
-def form(config: LaunchConfig) -> LaunchConfig:
-    """A configuration without what follows from the length of the row: configurations of one form are one choice.
-
-    A resident row's block is its length, and ``num_warps`` says how many scores a warp has; how many programs share a row is left
-    out.
-    """
-    if config.variant == "resident":
-        return replace(config, block=0, num_warps=config.rows_per_program * config.block // config.num_warps)
-    return replace(config, programs_per_row=0) if config.variant == "split" else config
-
-
 NEW_FORM = 0.975
 """A form that no key of the operator has is taken where it takes less than this share of the time of every form that one has."""
 
 
-def familiar(
-    ranked: Sequence[LaunchConfig], ratios: Mapping[LaunchConfig, float], forms: Container[LaunchConfig]
-) -> list[LaunchConfig]:
+def form(config: LaunchConfig) -> Form:
+    """A configuration without what follows from the length of the row: what the reports count."""
+    return evidence.form(config.to_json())
+
+
+def familiar(ranked: Sequence[LaunchConfig], ratios: Mapping[LaunchConfig, float], forms: Container[Form]) -> list[LaunchConfig]:
     """The order in which candidates are taken, so that an operator gets along with few forms.
 
     Args:

@@ -797,7 +797,10 @@ def configurations(autotune: Json) -> dict[str, list[Json]]:
     return {op: sorted(of_op, key=lambda one: -int(one["keys"])) for op, of_op in found.items()}
 
 
-def form(config: Json) -> tuple[tuple[str, Any], ...]:
+Form = tuple[tuple[str, Any], ...]
+
+
+def form(config: Json) -> Form:
     """A configuration without what follows from the length of the row: configurations of one form are one choice.
 
     A resident row's block is its length, and it has warps by the scores that a thread holds; how many programs share a row is its
