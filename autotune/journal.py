@@ -55,8 +55,9 @@ class Journal:
         """The answer, or None."""
         return self._known.get((kind, name))
 
-    def count(self, kind: str) -> int:
-        return sum(one == kind for one, _ in self._known)
+    def of(self, kind: str) -> list[tuple[str, Any]]:
+        """Names and answers of a kind."""
+        return [(name, answer) for (one, name), answer in self._known.items() if one == kind]
 
     def put(self, kind: str, name: str, answer: Any) -> None:
         """Remembers an answer and writes it down."""

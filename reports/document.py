@@ -424,6 +424,8 @@ def _method(evidence: Evidence) -> list[Block]:
             if evidence.autotune.get(name) is not None:
                 say(f"autotune: {what}", evidence.autotune[name])
         say("autotune: keys taken over from an interrupted run", evidence.autotune["resumed"])
+        if evidence.autotune["resumed"] and evidence.autotune.get("seconds_before") is not None:
+            say("autotune: how long that run took", text.duration(evidence.autotune["seconds_before"]))
         if evidence.autotune.get("launches") is not None:
             say("autotune: timed samples", text.count(evidence.autotune["launches"]))
         phases = evidence.autotune.get("phases") or {}

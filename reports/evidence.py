@@ -156,7 +156,7 @@ _TUNED = {"key": OBJECT, "config": MAYBE_OBJECT, "timing": MAYBE_OBJECT, "gain":
 _TIMING = {"median_us": NUMBER, "ci_us": INTERVAL, "default_us": NUMBER, "samples": WHOLE, "method": TEXT}
 _CANDIDATE = {"status": TEXT, "reason": TEXT}
 _SEARCHED = {"groups": MAYBE_WHOLE, "workers": MAYBE_WHOLE, "gpus": MAYBE_WHOLE, "reverified": MAYBE_WHOLE, "kept": MAYBE_WHOLE}
-_SEARCHED |= {"requests": MAYBE_OBJECT}
+_SEARCHED |= {"requests": MAYBE_OBJECT, "seconds_before": MAYBE_NUMBER}
 """What autotune.json may say of the search; a file from before it did has none."""
 _REQUESTS = {"requests": WHOLE, "seconds": NUMBER, "longest": NUMBER, "longest_about": TEXT}
 

@@ -311,6 +311,14 @@ def _gpus(search: Json) -> int:
     return max(search.get("gpus") or 1, 1)
 
 
+def _gpu_seconds(search: Json) -> float | None:
+    """What a search took on one GPU, with the interrupted run that it went on with; None where nobody noted that one's time."""
+    before = search.get("seconds_before")
+    if before is None and search["resumed"]:
+        return None
+    return float((search["seconds"] + (before or 0.0)) * _gpus(search))
+
+
 def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:
     """What proving and timing anew cost after a change of versions or kernels; nothing where there is no file."""
     if data is None:
@@ -329,7 +337,11 @@ def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:
         said += f", and the gain over that day's default is {text.times(gain)}."
     if autotune is None or autotune["effort"] != data["effort"]:
         return [*blocks, Words(said)]
-    share = data["seconds"] * _gpus(data) / (autotune["seconds"] * _gpus(autotune))
+    took, searched = _gpu_seconds(data), _gpu_seconds(autotune)
+    if took is None or searched is None:
+        said += " What share that is of a search cannot be said: how long the interrupted run before took was not noted."
+        return [*blocks, Words(said)]
+    share = took / searched
     met = share <= UPGRADE_GOAL
     said += (
         f" That is {text.percent(share)} of the time on a GPU that the search of autotune.json took; at most "
@@ -342,9 +354,13 @@ def quick(data: Json | None) -> list[Block]:
     """What a quick search takes; nothing where there is no file."""
     if data is None:
         return []
-    seconds, gpus = data["seconds"], _gpus(data)
-    met = seconds * gpus <= QUICK_GOAL
-    said = f"A search of effort quick tuned and proved {text.several(len(data['keys']), 'key')} in {text.duration(seconds)}"
+    took, gpus = _gpu_seconds(data), _gpus(data)
+    said = f"A search of effort quick tuned and proved {text.several(len(data['keys']), 'key')} in "
+    if took is None:
+        said += f"{text.duration(data['seconds'])}, and in the time of an interrupted run before, which was not noted."
+        return [Heading("A quick search", anchor="quick"), Words(said)]
+    met = took <= QUICK_GOAL
+    said += text.duration(took / gpus)
     if gpus > 1:
         said += f" on {gpus} GPUs"
     said += f"; at most {text.duration(QUICK_GOAL)} on one is the goal: {'met' if met else 'missed'}."

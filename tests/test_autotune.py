@@ -243,7 +243,7 @@ def test_a_journal_keeps_answers_of_the_same_run_only(tmp_path):
     with_two.close()
     again = journal.Journal(path, "one")
     assert (again.get("samples", "a"), again.get("proved", "b"), again.get("proved", "a")) == ([1], {"status": "ok"}, None)
-    assert again.count("samples") == 1
+    assert len(again.of("samples")) == 1
     assert journal.Journal(path, "two").get("samples", "a") is None
     assert path.exists()
     other = journal.Journal(path, "two")
@@ -297,7 +297,7 @@ def test_the_journals_of_all_processes_are_read_and_removed_and_nobody_elses(tmp
     assert [found.get("samples", f"of {rank}") for rank in range(3)] == [0, 1, 2]
     assert found.get("samples", "of another") is None
     # rank 0 of two may have begun already
-    assert journal.Journal(paths[1], "one", fresh=True, ranks=2).count("samples") == 0
+    assert journal.Journal(paths[1], "one", fresh=True, ranks=2).of("samples") == []
     assert [path.exists() for path in paths] == [True, False, False]
     found.remove()
     assert not any(path.exists() for path in paths) and all(path.exists() for path in others)
@@ -421,6 +421,24 @@ def test_an_interrupted_search_keeps_what_is_finished_and_goes_on(quick):
     assert next(text for text in texts if text.startswith("timing")) == "timing coordinate_descent backward float32 4x16"
     assert result["resumed"] == 2 and len(result["keys"]) == 4 and len(store.read(quick).entries) == 4
     assert not journal.journal_path(quick).exists()
+
+
+def test_a_search_says_how_long_the_interrupted_ones_before_took(quick, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(search.time, "monotonic", lambda: now[0])
+
+    def passing(total, done, text, left):
+        now[0] += 1.0
+        if text.startswith("searched coordinate_descent forward"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=passing)
+    (known,) = [json.loads(line)[2] for line in journal.journal_path(quick).read_text().splitlines()[1:] if '"spent"' in line]
+    assert 0 < known < now[0] - 100.0  # up to the last item that was finished
+    now[0] = 5000.0
+    assert run()["seconds_before"] == known
+    assert run(fresh=True)["seconds_before"] == 0
 
 
 def test_a_run_of_some_keys_leaves_an_interrupted_one_of_all_what_it_has(quick, speeds, rows):

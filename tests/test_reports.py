@@ -117,7 +117,7 @@ def synthetic_autotune(shapes=TUNED_SHAPES, dtypes=("float32", "bfloat16")):
     made = {**head("autotune"), "seconds": 127.0, "effort": "quick", "file": "synthetic.json"}
     proofs = {"requests": 24, "seconds": 61.5, "longest": 12.25, "longest_about": "soft_topk float32 1x1048576"}
     made["requests"] = {"prove": proofs, "warm": {"requests": 1, "seconds": 2.0, "longest": 2.0, "longest_about": ""}}
-    return made | {"resumed": 4, "keys": keys, "dropped": dropped, "geometric_mean_gain": mean}
+    return made | {"resumed": 4, "seconds_before": 0.0, "keys": keys, "dropped": dropped, "geometric_mean_gain": mean}
 
 
 def synthetic_key(rng, op, direction, dtype, rows, n, default, gain):
@@ -1170,6 +1170,24 @@ def test_an_upgrade_is_compared_with_the_search_by_the_time_of_all_gpus(tmp_path
     said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "without a search in 10 groups of 10" in said and f"at most 10 % is the goal: {verdict}" in said
     assert "(1.02× when they were proved anew)" in said and "the gain over that day's default is 1.02×." in said
+
+
+def test_a_search_that_was_interrupted_took_what_both_runs_did(tmp_path):
+    """Of a file that does not say what the run before took, no share is made."""
+    autotune = synthetic_autotune()
+    again = autotune | {"seconds": 10.0, "resumed": 0, "groups": 10, "reverified": 10}
+    files = {"autotune": autotune | {"seconds_before": 873.0}, "upgrade": again}
+    files["quick"] = autotune | {"effort": "quick", "seconds": 100.0, "seconds_before": 21.0}
+    write(tmp_path / "in", **files)
+    render(tmp_path / "in", tmp_path / "out")
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "That is 1 % of the time" in said and "in 121 s; at most 120 s on one is the goal: missed" in said
+    for name in ("autotune", "quick"):
+        del files[name]["seconds_before"]
+    write(tmp_path / "in", **files)
+    render(tmp_path / "in", tmp_path / "out")
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "What share that is of a search cannot be said" in said and "goal" not in said.partition("After an upgrade")[2]
 
 
 @pytest.mark.parametrize(("seconds", "gpus", "verdict"), [(119.0, 1, "met"), (121.0, 1, "missed"), (61.0, 2, "missed")])
