@@ -1,7 +1,8 @@
 """What a search leaves behind when it is interrupted: every answer that cost time, one line each.
 
 A line is written as soon as the answer is there, so that a run that is killed loses what it was doing at that moment and no
-more. A line that was cut off is no error. The journal counts only for the same device, kernels, versions and effort.
+more. A line that was cut off is no error; of two of one name the later one counts. The journal counts only for the same
+device, kernels, versions and effort.
 """
 
 from __future__ import annotations

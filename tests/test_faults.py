@@ -294,9 +294,11 @@ def begin(spec_program, output: Path) -> subprocess.Popen:
 
 
 def journal_lines(path: Path) -> list[tuple[str, str]]:
+    """Kind and name of what stands there, but for the time that was spent, which is noted anew after every item."""
     if not path.exists():
         return []
-    return [tuple(json.loads(line)[:2]) for line in path.read_text().splitlines(keepends=True)[1:] if line.endswith("\n")]
+    lines = [line for line in path.read_text().splitlines(keepends=True)[1:] if line.endswith("\n")]
+    return [(kind, name) for kind, name, _ in map(json.loads, lines) if kind != "spent"]
 
 
 MEASURED = ("samples", "final", "proved")
