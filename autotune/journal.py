@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,9 @@ class Journal:
         fingerprint: what the answers depend on.
         fresh: remove them and begin anew. Those of the other processes are left to these, who may have begun already.
         ranks: how many processes the run has.
+
+    Attributes:
+        spent_before: how many seconds the interrupted runs before took, up to the last answer that was written down.
     """
 
     def __init__(self, path: Path, fingerprint: str, fresh: bool = False, ranks: int = 1) -> None:
@@ -35,6 +39,8 @@ class Journal:
                 self._read(one)
             elif one == path or _rank(one) >= ranks:
                 one.unlink(missing_ok=True)
+        self.spent_before: float = max((seconds for (kind, _), seconds in self._known.items() if kind == "spent"), default=0.0)
+        self._began = time.monotonic()
 
     def _read(self, path: Path) -> None:
         try:
@@ -56,14 +62,14 @@ class Journal:
         """The answer, or None."""
         return self._known.get((kind, name))
 
-    def of(self, kind: str) -> list[tuple[str, Any]]:
-        """Names and answers of a kind."""
-        return [(name, answer) for (one, name), answer in self._known.items() if one == kind]
+    def count(self, kind: str) -> int:
+        return sum(one == kind for one, _ in self._known)
 
     def put(self, kind: str, name: str, answer: Any) -> None:
-        """Remembers an answer and writes it down."""
+        """Remembers an answer and writes it down, and how long the run has taken until then."""
         if self._file is None:
             self._begin()
+        self.note("spent", str(_rank(self.path)), round(self.spent_before + time.monotonic() - self._began, 3))
         self.note(kind, name, answer)
 
     def note(self, kind: str, name: str, answer: Any) -> None:

@@ -375,8 +375,6 @@ class _Search:
         rank, ranks = (crew.rank, crew.world_size) if crew else (0, 1)
         fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
         self.journal = Journal(journal_path(path, rank), fingerprint, fresh, ranks)
-        self.rank = rank
-        self.spent_before = max((seconds for _, seconds in self.journal.of("spent")), default=0.0)
         self.known = {} if fresh else store.outdated(path, self.backend)
         self.kept = self._kept(groups)
         self.groups = groups = [group for group in groups if group.label() not in self.kept]
@@ -512,8 +510,6 @@ class _Search:
             self.results[name] = results
             self.journal.put("group", name, results)
             self.remember(results)
-        if todo:
-            self.journal.note("spent", str(self.rank), self.spent_before + time.monotonic() - self.began)
         if self.crew is None:
             self.save(self.items[position])
 
@@ -1209,7 +1205,7 @@ class _Search:
             "versions": self.versions,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
-            "seconds_before": round(self.spent_before, 1),
+            "seconds_before": round(self.journal.spent_before, 1),
             "effort": self.effort,
             "file": self.path.name,
             "groups": len(self.groups),

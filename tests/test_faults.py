@@ -294,7 +294,7 @@ def begin(spec_program, output: Path) -> subprocess.Popen:
 
 
 def journal_lines(path: Path) -> list[tuple[str, str]]:
-    """Kind and name of what stands there, but for the time that was spent, which is noted anew after every item."""
+    """Kind and name of what stands there, but for the time that was spent, which is noted anew with every answer."""
     if not path.exists():
         return []
     lines = [line for line in path.read_text().splitlines(keepends=True)[1:] if line.endswith("\n")]
