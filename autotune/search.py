@@ -5,7 +5,7 @@ The work comes in items, a few groups each (one operator, dtype and bucket, both
 1. the search of each direction (``strategies.py``) asks for candidates. They are compiled in parallel processes, ahead where it
    is known what will be asked for; what spills or does not compile is dropped, and of equal binaries one is timed. Several
    groups are searched at a time, so that one is timed while another is compiled;
-   Of a form of configuration that no key of the operator has, it takes 2.5 % to be taken (``space.familiar``);
+   A form of configuration that no key of the operator has must gain 2.5 % to be taken, and 16 are the most (``space.familiar``);
 2. ``coordinate_descent``: another number of checkpoint segments is taken only if both directions together gain by it;
 3. forward and backward that were found are joined and proved (``proof.py``), as is the pair of defaults. Nothing is timed
    meanwhile. Where a proof fails, the next best candidate takes the place of the one to blame;
@@ -19,10 +19,10 @@ Where the output file has a choice for both directions of a group whose proofs d
 has changed, nothing is searched: only that and the default are proved and timed, while what the next items launch is compiled.
 Groups whose proofs hold are then left as they are. ``fresh`` looks at all candidates again.
 
-A configuration serves all lengths down to the next key. So on a GPU the best few of a search are raced at a length between this key
-and the next too, and are preferred by both; and what comes of that is raced there against the default as in step 4. It is taken
-if it gains at its key and does not lose more between, or if it does not lose at its key and gains between. What was chosen
-before is not raced there again.
+A configuration serves all rows and lengths down to the next key. So on a GPU the best few of a search are raced between this key
+and the next too, with fewer and shorter rows, and are preferred by both; and what comes of that is raced there against the default
+as in step 4. It is taken if it gains at its key and does not lose more between, or if it does not lose at its key and gains
+between. What was chosen before is not raced there again.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ SURPRISE = 1.1
 """Where the ratio of the last race is so many times that of the search, or the other way round, it is run again."""
 
 BETWEEN = 25
-"""Of how many 32nds of the key's length the rows are at which what is taken must not lose more than it gains at its key."""
+"""Of how many 32nds of the key's rows and of its length the scores are at which what is taken must not lose more than it gains at
+its key: near the middle of its bucket, whose largest sizes are the key's."""
 
 BETWEEN_ROUNDS = 9
 """Rounds of the race between the keys in a search."""
@@ -746,8 +747,8 @@ class _Search:
         track.launches += sum(map(len, answer.values()))
         if track.default not in answer:
             return
-        base = strategies.low(answer[track.default])
-        means = {one: math.sqrt(track.ratios[one] * strategies.low(answer[one]) / base) for one in few if one in answer}
+        base = answer[track.default]
+        means = {one: math.sqrt(track.ratios[one] * strategies.ratio(answer[one], base)) for one in few if one in answer}
         if means:
             first = strategies.preferred(means, track.default, hints, self.plan.search.tie)
             track.ranked = [*first, *(config for config in track.ranked if config not in means)]
@@ -767,11 +768,19 @@ class _Search:
         """Has the groups of an item, in their order, take the same new forms of configurations where that costs little."""
         forms = {op: self.forms(op) for op in kernel_config.OPS}
         for hunt in (hunts[group.label()] for group in self.groups if group.label() in hunts):
-            for track in hunt.tracks.values():
-                # checkpoint segments are chosen for both directions together, and on top
-                if track.known is None and track.ranked and track.ranked[0] in track.figures:
-                    track.ranked = space.familiar(track.ranked, track.figures, forms[hunt.group.op])
-                    forms[hunt.group.op].add(space.form(track.ranked[0]))
+            tracks = [track for track in hunt.tracks.values() if track.known is None and track.ranked]
+            found = forms[hunt.group.op]
+            if any(track.ranked[0].checkpoint_segments != track.default.checkpoint_segments for track in tracks):
+                # chosen for both directions together, and on top
+                more = found | {space.form(track.ranked[0]) for track in tracks}
+                if len(more) <= space.MOST_FORMS:
+                    found |= more
+                    continue
+                for track in tracks:
+                    track.ranked = [space.with_segments(config, track.default.checkpoint_segments) for config in track.ranked]
+            for track in tracks:
+                track.ranked = space.familiar(track.ranked, track.figures, found)
+                found.add(space.form(track.ranked[0]))
 
     def segments(self, group: Group, tracks: dict[str, Track]) -> Generator[tuple[str, Ask], Answer, None]:
         """Takes another number of checkpoint segments where forward and backward together gain by it."""
@@ -1067,15 +1076,16 @@ class _Search:
                     holds[direction] = bool(own and default) and strategies.beats(own, default)
         for direction, track in won.items():
             if raced.taken[direction] and not holds[direction]:
-                ratio, n = _ratio(between[direction], configs[direction], track.default), self.beside(track).key.n
+                ratio, at = _ratio(between[direction], configs[direction], track.default), self.beside(track).key
                 said = "could not be timed" if ratio is None else f"takes {ratio:.3f} of the default's time"
-                track.drop(configs[direction], "slower between", f"{said} at rows of {n}")
+                track.drop(configs[direction], "slower between", f"{said} at {at.rows}x{at.n}")
         return raced._replace(taken=raced.taken | {direction: holds[direction] for direction in won})
 
     @staticmethod
     def beside(track: Track) -> Track:
-        """The same direction at a length between this key and the next."""
-        return Track(track.key._replace(n=max(1, track.key.n * BETWEEN // 32)), track.default, None)
+        """The same direction at rows and a length between this key and the next."""
+        rows, n = (max(1, size * BETWEEN // 32) for size in (track.key.rows, track.key.n))
+        return Track(track.key._replace(rows=rows, n=n), track.default, None)
 
     @staticmethod
     def proof_of(track: Track, direction: str, pair: _Pair, raced: _Raced) -> Proved | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -66,6 +66,12 @@ _GPU_FULL = (
     (16, 65536),
     (4, 1024),
     (4, 32768),
+    # where a program has a row, and the rows fill the processors a few times: twice the rows may want another
+    (256, 4096),
+    (512, 8192),
+    (256, 16384),
+    (512, 16384),
+    (128, 32768),
 )
 _CPU_QUICK = ((256, 512), (64, 4096), (4, 65536))
 _CPU_FULL = (*_CPU_QUICK, (4096, 64), (1024, 512), (1024, 2048), (16, 4096), (256, 8192), (1, 262144))
@@ -140,13 +146,16 @@ def fitted(config: LaunchConfig, source: Key, key: Key) -> LaunchConfig:
 NEW_FORM = 0.975
 """A form that no key of the operator has is taken where it takes less than this share of the time of every form that one has."""
 
+MOST_FORMS = 16
+"""How many forms the keys of an operator have: when there are so many, no other is taken. The defaults' are among them."""
+
 
 def form(config: LaunchConfig) -> Form:
     """A configuration without what follows from the length of the row: what the reports count."""
     return evidence.form(config.to_json())
 
 
-def familiar(ranked: Sequence[LaunchConfig], ratios: Mapping[LaunchConfig, float], forms: Container[Form]) -> list[LaunchConfig]:
+def familiar(ranked: Sequence[LaunchConfig], ratios: Mapping[LaunchConfig, float], forms: Collection[Form]) -> list[LaunchConfig]:
     """The order in which candidates are taken, so that an operator gets along with few forms.
 
     Args:
@@ -155,10 +164,11 @@ def familiar(ranked: Sequence[LaunchConfig], ratios: Mapping[LaunchConfig, float
         forms: the forms that keys of the operator have.
 
     Returns:
-        The same, the first of a known form in front unless a new form is faster by more than :data:`NEW_FORM` says.
+        The same, the first of a known form in front unless a new form is faster by more than :data:`NEW_FORM` says, and there are
+        fewer than :data:`MOST_FORMS`.
     """
     known = next((config for config in ranked if form(config) in forms), None)
-    if known is None or ratios[ranked[0]] < NEW_FORM * ratios[known]:
+    if known is None or (ratios[ranked[0]] < NEW_FORM * ratios[known] and len(forms) < MOST_FORMS):
         return list(ranked)
     return [known, *(config for config in ranked if config != known)]
 

@@ -408,8 +408,9 @@ def nearest(key: Key, configs: dict[Key, LaunchConfig]) -> Key | None:
     """The entry nearest to ``key``: same op, direction and dtype; by length (log distance) first, then by rows.
 
     Left out are entries that cannot serve the key: a resident block shorter than the rows, more rows a program than
-    there are rows on a GPU, programs that share rows of which there are far more, or that hold a part of a row of their own
-    key in registers and cannot hold one of this, or a length further away than :data:`MAX_DOUBLINGS`.
+    there are rows on a GPU, programs that share rows of which there are far more, or so few that twice the programs could share
+    each of them, or that hold a part of a row of their own key in registers and cannot hold one of this, or a length further away
+    than :data:`MAX_DOUBLINGS`.
     """
 
     def serves(candidate: Key) -> bool:
@@ -420,7 +421,8 @@ def nearest(key: Key, configs: dict[Key, LaunchConfig]) -> Key | None:
             return True
         if launch.variant == "split":
             held, needed = launch.programs_per_row * launch.block, (candidate.n, key.n)
-            if key.rows > 4 * candidate.rows or needed[0] <= held < needed[1]:
+            few = key.direction == "forward" and 2 * key.rows <= candidate.rows
+            if few or key.rows > 4 * candidate.rows or needed[0] <= held < needed[1]:
                 return False
         return kernel_config.fits(launch, key, key.n) and launch.rows_per_program <= key.rows
 

@@ -8,6 +8,7 @@ All figures of a search are ratios to the default, which is in every round: what
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -69,7 +70,7 @@ class Plan:
     near: float = 1.03
     contenders: int = 8
     contender_rounds: int = 6
-    tie: float = 1.003
+    tie: float = 1.0035
     doubts: int = 6
     doubt_rounds: int = 8
 
@@ -155,6 +156,17 @@ def low(samples: Sequence[float]) -> float:
     return sorted(samples)[(len(samples) - 1) // 4]
 
 
+ENOUGH = 9
+"""From how many samples on the median of paired ratios is the better figure: what disturbs a few of them does not move it."""
+
+
+def ratio(samples: Sequence[float], base: Sequence[float]) -> float:
+    """The time of one over that of another, by samples of the same rounds."""
+    if len(samples) < ENOUGH:
+        return low(samples) / low(base)
+    return statistics.median(one / other for one, other in zip(samples, base, strict=True))
+
+
 @dataclass
 class Ratios:
     """Times over the default's in the same rounds."""
@@ -179,8 +191,8 @@ class Ratios:
                 self.bases.setdefault(config, []).extend(pivot)
 
     def figures(self) -> dict[LaunchConfig, float]:
-        """Of every candidate the lower quartile of its times over that of the default's in the same rounds."""
-        return {config: low(times) / low(self.bases[config]) for config, times in self.times.items()}
+        """Of every candidate the time over the default's in the same rounds (:func:`ratio`)."""
+        return {config: ratio(times, self.bases[config]) for config, times in self.times.items()}
 
     def interval(self, config: LaunchConfig) -> tuple[float, float]:
         """Of the median of the paired ratios, 95 %."""

@@ -91,9 +91,8 @@ def next_power_of_2(x: int) -> int:
 
 
 def bucket_rows(rows: int) -> int:
-    """Rows are bucketed to the next power of four: 1, 4, 16, …, 262144 and above."""
-    bits = max(rows - 1, 0).bit_length()
-    return 1 << min(bits + bits % 2, 18)
+    """Rows are bucketed to the next power of two: 1, 2, 4, …, 262144 and above."""
+    return min(next_power_of_2(rows), 1 << 18)
 
 
 def bucket_n(n: int) -> int:
@@ -190,20 +189,17 @@ def _sweeps(key: Key, words: int) -> _Tile:
     long = key.n >= (2048 if _many(key) else 8192) or (key.n >= 1024 and key.rows * key.n >= 1 << 23)
     scores = min(64 if long else 32, spread)
     rows = _together(key, scores, 2048)
+    if rows > 1:
+        return _Tile(rows, scores, {16: 64, 32: 80, 64: 128}.get(rows * key.n // 32, 0))
     # where one register more would halve the programs, which it does at lengths that are no power of two
-    limited = scores == 64 and key.n == 16384 and key.rows > PROCESSORS
-    return _Tile(rows, scores, 128 if limited else 80 if scores == 32 and rows > 1 else 0)
+    return _Tile(1, scores, 128 if scores == 64 and key.n == 16384 and key.rows > PROCESSORS else 0)
 
 
 def _one_pass(key: Key, words: int) -> _Tile:
     """soft_topk backward: one pass over the row. Programs of one warp would be too many."""
     if key.n <= 256:
         return _Tile(max(1, min(8, next_power_of_2(key.rows) // 512)), 8)
-    if key.n <= 1024 and not _many(key):
-        return _Tile(1, 8, 40)
-    if key.dtype == "float32" and key.n == 2048 and _many(key):
-        return _Tile(1, 8, 64)
-    return _Tile(1, 32 if key.n >= 16384 and words == 1 else 8)
+    return _Tile(1, 8, 40) if key.n <= 1024 or words == 2 else _Tile(1, 16, 64)
 
 
 def _iterations(key: Key, words: int) -> _Tile:
@@ -216,10 +212,12 @@ def _iterations(key: Key, words: int) -> _Tile:
     cells = key.rows * key.n
     if key.n < 2048:
         scores = min(64 if key.n >= 256 and cells >= 1 << 21 else 32, spread)
-        return _Tile(_together(key, scores, 1024), scores, 0 if scores == 64 else 128)
+        return _Tile(_together(key, scores, 1024), scores, 0 if key.n == 1024 and scores == 64 else 128)
     if key.n <= 8192 and not _many(key):
         return _Tile(1, 32, 128)
-    return _Tile(1, 128 if key.n >= 16384 and cells >= 1 << 21 else 64)
+    if key.n >= 16384 and cells >= 1 << 21:
+        return _Tile(1, 128, 168 if key.n == 16384 else 0)
+    return _Tile(1, 64, 128 if key.n == 2048 else 168 if key.n == 8192 and key.rows <= 2 * PROCESSORS else 0)
 
 
 def _no_reduction(key: Key, words: int) -> _Tile:
@@ -257,11 +255,15 @@ def side_by_side(rows: int) -> int:
 def _long_rows(key: Key, segments: int | None) -> LaunchConfig:
     """Rows that are too long for one program, or few enough to be shared by several."""
     cells = key.rows * key.n
+    programs = side_by_side(key.rows)
     if key.direction == "backward":
         if key.op == "coordinate_descent":
             # of very many programs a row the exchange takes long
             block = 1024 if key.n <= 1 << 18 else 4096
             warps = 4 if cells <= 1 << 18 else block // 1024
+        elif programs < 2 and key.n <= MAX_RESIDENT_N:
+            # a row for each processor: none waits for another
+            return LaunchConfig("tiled", 4096, 1, 16, 1, segments)
         elif cells <= (1 << 19 if key.dtype == "float32" else 1 << 18):
             block, warps = 1024, 8
         else:
@@ -270,7 +272,6 @@ def _long_rows(key: Key, segments: int | None) -> LaunchConfig:
         if key.dtype == "float64":
             warps = block // 512
         return LaunchConfig("split", block, 1, warps, 1, segments, programs_per_row=min(max(key.n // block, 1), 2048))
-    programs = side_by_side(key.rows)
     if programs < 2:
         return LaunchConfig("tiled", 4096, 1, 16, 1, segments)
     block = min(max(key.n // programs, 1024), 8192)

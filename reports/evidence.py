@@ -803,13 +803,16 @@ Form = tuple[tuple[str, Any], ...]
 def form(config: Json) -> Form:
     """A configuration without what follows from the length of the row: configurations of one form are one choice.
 
-    A resident row's block is its length, and it has warps by the scores that a thread holds; how many programs share a row is its
-    length by what each of them has of it.
+    A resident row's block is its length. Of its scores a warp has so many that a row needs several, or so many that one warp has
+    several rows: how many follows from the length in both cases, but not how many rows several warps share. How many programs
+    share a row is its length by what each of them has of it.
     """
     found = dict(config)
     if config["variant"] == "resident":
         found["num_warps"] = config["rows_per_program"] * config["block"] / max(config["num_warps"], 1)
         found["block"] = None
+        if config["num_warps"] <= 1 or config["rows_per_program"] == 1:
+            found["rows_per_program"] = None
     elif config["variant"] == "split":
         found["programs_per_row"] = None
     return tuple(sorted(found.items()))

@@ -16,7 +16,7 @@ from .evidence import Json, KeyGroup
 _STATUS = {
     "timed": "timed, and nothing was found against it",
     "slower": "right, but not among the fastest of the screening",
-    "slower between": "faster than the default at its key, and slower by more at a length between this key and the next",
+    "slower between": "faster than the default at its key, and slower by more between this key and the next",
     "wrong": "failed the check against float64",
     "spills": "spills registers",
     "does not compile": "does not compile",

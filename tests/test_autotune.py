@@ -56,6 +56,8 @@ def resident(n: int, warps: int, rows: int = 1, limit: int = 0) -> LaunchConfig:
 
 def test_a_form_leaves_out_what_follows_from_the_length():
     assert space.form(resident(1024, 1)) == space.form(resident(8192, 8))
+    # a warp with so many scores has a row of them, or two of half of them; two warps with two rows are another choice
+    assert space.form(resident(1024, 1)) == space.form(resident(512, 1, 2)) != space.form(resident(512, 1))
     assert len({space.form(one) for one in (resident(64, 1), resident(64, 2), resident(64, 2, 2), resident(64, 1, 1, 40))}) == 4
     shared = LaunchConfig("split", 4096, 1, 4, 1, programs_per_row=8)
     assert space.form(shared) == space.form(replace(shared, programs_per_row=32)) != space.form(replace(shared, block=2048))
@@ -76,7 +78,15 @@ def test_a_form_that_no_key_has_must_gain_more():
     assert space.familiar([new, known, other], ratios, ()) == [new, known, other]
 
 
-@pytest.mark.parametrize("backend, most", [("triton", 19), ("cpu", 16)])
+def test_a_form_is_not_taken_when_there_are_as_many_as_an_operator_may_have():
+    new, known = resident(64, 1), resident(64, 2)
+    forms = {space.form(known)} | {space.form(resident(64, 1, 1, limit)) for limit in range(1, space.MOST_FORMS - 1)}
+    ratios = {new: 0.5, known: 0.9}
+    assert space.familiar([new, known], ratios, forms) == [new, known]
+    assert space.familiar([new, known], ratios, forms | {space.form(resident(64, 1, 1, 99))}) == [known, new]
+
+
+@pytest.mark.parametrize("backend, most", [("triton", 15), ("cpu", 16)])
 def test_the_heuristic_gets_along_with_few_forms(backend, most):
     keys = [group.key(way) for group in space.groups(backend, "full") for way in kernel_config.DIRECTIONS]
     for op in kernel_config.OPS:
@@ -84,20 +94,33 @@ def test_the_heuristic_gets_along_with_few_forms(backend, most):
 
 
 def test_groups_of_an_item_agree_on_a_new_form_in_their_order(tmp_path):
-    groups = [Group("soft_topk", "float32", 4096, n) for n in (64, 128, 256)]
+    groups = [Group("soft_topk", "float32", 4096, n) for n in (128, 256, 512)]
     made = on_a_gpu(tmp_path / "made.json", groups)
     hunts = {}
     # the first two have found two new forms that are nearly as good as each other, the third one that surely is not
     for group, order in reversed(list(zip(groups, ((1, 2), (2, 1), (2, 1)), strict=True))):
         tracks = {way: made.track(group, way) for way in kernel_config.DIRECTIONS}
         for track in tracks.values():
-            fast = 0.80 if group.n == 256 else 0.899
+            fast = 0.80 if group.n == 512 else 0.899
             track.ranked = [resident(group.n, group.n // 64, 16 * one) for one in order] + [track.default]
             track.figures = dict(zip(track.ranked, (fast, 0.90, 1.0), strict=True))
         hunts[group.label()] = types.SimpleNamespace(group=group, tracks=tracks)
     made.agree(hunts)
     for way in kernel_config.DIRECTIONS:
         assert [hunts[group.label()].tracks[way].ranked[0].rows_per_program for group in groups] == [16, 16, 32]
+
+
+@pytest.mark.parametrize("room", [2, 1])
+def test_other_checkpoint_segments_are_taken_where_both_forms_have_room(tmp_path, monkeypatch, room):
+    group = Group("coordinate_descent", "float32", 1024, 8192)
+    made = on_a_gpu(tmp_path / "made.json", [group])
+    monkeypatch.setattr(space, "MOST_FORMS", len(made.forms(group.op)) + room)
+    tracks = {way: made.track(group, way) for way in kernel_config.DIRECTIONS}
+    for track in tracks.values():
+        track.figures = {track.default: 1.0}
+        track.ranked = [space.with_segments(track.default, 5)]
+    made.agree({group.label(): types.SimpleNamespace(group=group, tracks=tracks)})
+    assert {track.ranked[0].checkpoint_segments for track in tracks.values()} == ({5} if room == 2 else {20})
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
@@ -622,9 +645,9 @@ def test_what_loses_more_between_the_keys_than_it_gains_at_its_key_is_not_taken(
     """At its key a candidate takes half of the default's 10 us; between this key and the next the default takes 10 us too."""
     rows(1)
     monkeypatch.setitem(search._PLANS, ("cpu", "quick"), replace(search._PLANS["cpu", "quick"], between=True))
-    lengths = {search._Search.beside(search.Track(SMALL[0].key(way), None, None)).key.n for way in ("forward", "backward")}
-    assert lengths == {SMALL[0].n * 25 // 32}
-    between = [f"x{n}" for n in lengths]
+    sizes = {search._Search.beside(search.Track(SMALL[0].key(way), None, None)).key[3:] for way in ("forward", "backward")}
+    assert sizes == {(SMALL[0].rows * 25 // 32, SMALL[0].n * 25 // 32)}
+    between = [f" {count}x{n}" for count, n in sizes]
 
     def sample(self, name, configs, rounds, seconds=None):
         own = there if name.endswith(between[0]) else 5.0
@@ -638,7 +661,7 @@ def test_what_loses_more_between_the_keys_than_it_gains_at_its_key_is_not_taken(
     for key in result["keys"]:
         ours = next(one for one in key["candidates"] if one["config"]["rows_per_program"] == 1)
         assert ours["status"] == ("timed" if taken else "slower between"), ours
-        assert taken or f"at rows of {SMALL[0].n * 25 // 32}" in ours["reason"]
+        assert taken or ours["reason"].endswith(f" at{between[0]}")
     assert result["dropped"] == ({} if taken else {"slower between": 2})
     if taken:  # what was chosen before is not raced there again
         made_stale(quick, {SMALL[0].label()})

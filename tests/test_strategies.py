@@ -147,6 +147,14 @@ def test_what_all_candidates_share_cancels():
     assert made.interval(other) == pytest.approx((0.5, 0.5))
 
 
+def test_of_few_samples_the_least_counts_and_of_more_the_median_of_pairs():
+    slow = [1.0, 1.0, 1.5, 1.5, 1.5]
+    assert strategies.ratio(slow, [1.0] * 5) == 1.0
+    drift = [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0]
+    assert strategies.ratio([0.9 * one for one in drift], drift) == pytest.approx(0.9)
+    assert strategies.ratio([0.5, 0.5, *(0.9 * one for one in drift[2:])], drift) == pytest.approx(0.9)
+
+
 def test_to_beat_is_surely():
     base = [10.0 + i % 3 for i in range(25)]
     assert strategies.beats([0.97 * one for one in base], base)
