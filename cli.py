@@ -519,7 +519,8 @@ def _parser() -> argparse.ArgumentParser:
         "  coordroute autotune\n"
         "  coordroute autotune --device cuda:1 --effort full\n"
         "  coordroute autotune --output my-gpu.json --json autotune.json\n"
-        "  coordroute autotune --effort full --only soft_topk --dtypes bfloat16\n",
+        "  coordroute autotune --effort full --only soft_topk --dtypes bfloat16\n"
+        "  coordroute autotune --effort full --shapes 700x6000,32x100000\n",
     )
     add_device(one)
     text = "quick is a matter of minutes; full tries more shapes, dtypes and candidates (default: %(default)s)"
@@ -535,6 +536,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--only", metavar="OP,...", type=_some_of(OPS), help=text)
     text = "tune these dtypes alone, likewise, of those that the effort has"
     one.add_argument("--dtypes", metavar="DTYPE,...", type=_some_of(DTYPES), help=text)
+    text = "tune what serves calls of these sizes, likewise, instead of the effort's fixed list"
+    one.add_argument("--shapes", metavar="ROWSxN,...", type=_shapes, help=text)
     add_json(one)
 
     one = add(
@@ -879,11 +882,11 @@ def _autotune(arguments: argparse.Namespace) -> int:
 
 
 def _groups(arguments: argparse.Namespace, device: torch.device) -> list[Any]:
-    """What is tuned: all of the effort, or what --only and --dtypes leave of it."""
+    """What is tuned: all of the effort or what serves the shapes of --shapes, or what --only and --dtypes leave of it."""
     from .autotune import device as devices
     from .autotune import space
 
-    groups = space.groups(devices.backend(device), arguments.effort)
+    groups = space.groups(devices.backend(device), arguments.effort, arguments.shapes)
     chosen = [
         group
         for group in groups
@@ -1027,6 +1030,8 @@ def _kept(arguments: argparse.Namespace, path: Path) -> str:
     for option in ("only", "dtypes"):
         if getattr(arguments, option) is not None:
             words += [f"--{option}", ",".join(getattr(arguments, option))]
+    if arguments.shapes is not None:
+        words += ["--shapes", ",".join(f"{rows}x{n}" for rows, n in arguments.shapes)]
     if arguments.output is not None:
         words += ["--output", arguments.output]
     if arguments.json is not None:

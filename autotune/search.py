@@ -5,7 +5,7 @@ The work comes in items, a few groups each (one operator, dtype and bucket, both
 1. the search of each direction (``strategies.py``) asks for candidates. They are compiled in parallel processes, ahead where it
    is known what will be asked for; what spills or does not compile is dropped, and of equal binaries one is timed. Several
    groups are searched at a time, so that one is timed while another is compiled;
-   A form of configuration that no key of the operator has must gain 2.5 % to be taken, and 16 are the most (``space.familiar``);
+   A form of configuration that no key of the operator has must gain 2.5 % to be taken, a seventeenth 10 % (``space.familiar``);
 2. ``coordinate_descent``: another number of checkpoint segments is taken only if both directions together gain by it;
 3. forward and backward that were found are joined and proved (``proof.py``), as is the pair of defaults. Nothing is timed
    meanwhile. Where a proof fails, the next best candidate takes the place of the one to blame;
@@ -377,6 +377,8 @@ class _Search:
         fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
         self.journal = Journal(journal_path(path, rank), fingerprint, fresh, ranks)
         self.known = {} if fresh else store.outdated(path, self.backend)
+        asked = {group.key(direction) for group in groups for direction in DIRECTIONS}
+        self.stays = {key: config for key, config in store.chosen(path).items() if key not in asked}
         self.kept = self._kept(groups)
         self.groups = groups = [group for group in groups if group.label() not in self.kept]
         self.journal.note("asked", "", [*self.others(), *(group.label() for group in groups)])
@@ -755,13 +757,14 @@ class _Search:
             track.figures = track.ratios | means
 
     def forms(self, op: str) -> set[Form]:
-        """The forms of configurations that keys of an operator have: the defaults', and what the items before this have chosen.
+        """The forms of configurations that keys of an operator have: the defaults', what the items before this have chosen, and
+        what the file has for keys that are not tuned now.
 
         Not what other groups of the item have found so far, for which are found first is chance.
         """
         keys = (group.key(direction) for group in self.groups if group.op == op for direction in DIRECTIONS)
         defaults = (kernel_config.heuristic(key, self.backend) for key in keys)
-        chosen = (config for key, config in self.chosen.items() if key.op == op)
+        chosen = (config for key, config in (*self.stays.items(), *self.chosen.items()) if key.op == op)
         return {space.form(config) for config in (*defaults, *chosen)}
 
     def agree(self, hunts: dict[str, Hunt]) -> None:

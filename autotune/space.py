@@ -66,10 +66,12 @@ _GPU_FULL = (
     (16, 65536),
     (4, 1024),
     (4, 32768),
-    # where a program has a row, and the rows fill the processors a few times: twice the rows may want another
+    # where a program has a row, and the rows fill the processors a few times: some more of them may want another
     (256, 4096),
     (512, 8192),
+    (768, 8192),
     (256, 16384),
+    (384, 16384),
     (512, 16384),
     (128, 32768),
 )
@@ -77,27 +79,28 @@ _CPU_QUICK = ((256, 512), (64, 4096), (4, 65536))
 _CPU_FULL = (*_CPU_QUICK, (4096, 64), (1024, 512), (1024, 2048), (16, 4096), (256, 8192), (1, 262144))
 
 
-def groups(backend: str, effort: str) -> list[Group]:
+def groups(backend: str, effort: str, shapes: Sequence[tuple[int, int]] | None = None) -> list[Group]:
     """The groups to tune, the most useful first.
 
     Args:
         backend: ``"triton"`` or ``"cpu"``.
         effort: ``"quick"`` or ``"full"``.
+        shapes: rows and length of calls, whose buckets are tuned; None is the fixed list of the effort.
     """
-    shapes: tuple[tuple[int, int], ...]
     dtypes: tuple[str, ...]
     if backend == "triton":
-        shapes = _GPU_QUICK if effort == "quick" else _GPU_FULL
+        fixed = _GPU_QUICK if effort == "quick" else _GPU_FULL
         dtypes = ("float32", "bfloat16") if effort == "quick" else ("float32", "bfloat16", "float16")
     else:
-        shapes = _CPU_QUICK if effort == "quick" else _CPU_FULL
+        fixed = _CPU_QUICK if effort == "quick" else _CPU_FULL
         dtypes = ("float32",) if effort == "quick" else ("float32", "bfloat16")
-    return [
+    found = [
         Group(op, dtype, kernel_config.bucket_rows(rows), kernel_config.bucket_n(n))
         for dtype in dtypes
-        for rows, n in shapes
+        for rows, n in (fixed if shapes is None else shapes)
         for op in kernel_config.OPS
     ]
+    return list(dict.fromkeys(found))
 
 
 def segment_choices(op: str, effort: str) -> tuple[int | None, ...]:
@@ -146,8 +149,9 @@ def fitted(config: LaunchConfig, source: Key, key: Key) -> LaunchConfig:
 NEW_FORM = 0.975
 """A form that no key of the operator has is taken where it takes less than this share of the time of every form that one has."""
 
-MOST_FORMS = 16
-"""How many forms the keys of an operator have: when there are so many, no other is taken. The defaults' are among them."""
+MOST_FORMS, RARE_FORM = 16, 0.9
+"""How many forms the keys of an operator are to have, the defaults' among them: when there are so many, a form that no key has is
+taken where it takes less than this share."""
 
 
 def form(config: LaunchConfig) -> Form:
@@ -164,11 +168,11 @@ def familiar(ranked: Sequence[LaunchConfig], ratios: Mapping[LaunchConfig, float
         forms: the forms that keys of the operator have.
 
     Returns:
-        The same, the first of a known form in front unless a new form is faster by more than :data:`NEW_FORM` says, and there are
-        fewer than :data:`MOST_FORMS`.
+        The same, the first of a known form in front unless a new form is faster by more than :data:`NEW_FORM` says, or, where
+        there are :data:`MOST_FORMS`, :data:`RARE_FORM`.
     """
     known = next((config for config in ranked if form(config) in forms), None)
-    if known is None or (ratios[ranked[0]] < NEW_FORM * ratios[known] and len(forms) < MOST_FORMS):
+    if known is None or ratios[ranked[0]] < (NEW_FORM if len(forms) < MOST_FORMS else RARE_FORM) * ratios[known]:
         return list(ranked)
     return [known, *(config for config in ranked if config != known)]
 

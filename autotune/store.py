@@ -305,16 +305,23 @@ def read(path: Path) -> ConfigFile:
 
 def outdated(path: Path, backend: str) -> dict[Key, LaunchConfig]:
     """What a file chose for the keys whose proof does not hold any more; nothing where there is no such file."""
-    found: dict[Key, LaunchConfig] = {}
+    return {key: launch for key, (launch, proof) in _chosen(path).items() if check_proof(proof, key, backend)}
+
+
+def chosen(path: Path) -> dict[Key, LaunchConfig]:
+    """What a file chose for its keys, whether or not their proofs hold; nothing where there is no such file."""
+    return {key: launch for key, (launch, _) in _chosen(path).items()}
+
+
+def _chosen(path: Path) -> dict[Key, tuple[LaunchConfig, Any]]:
+    found: dict[Key, tuple[LaunchConfig, Any]] = {}
     try:
         entries = read_json(path)["entries"]
     except (OSError, InvalidFile, KeyError):
         return found
     for entry in entries:
         with contextlib.suppress(InvalidFile, KeyError, TypeError, ValueError):
-            key, launch = parse_key(entry["key"]), LaunchConfig.from_json(entry["config"])
-            if check_proof(entry.get("proof"), key, backend):
-                found[key] = launch
+            found[parse_key(entry["key"])] = LaunchConfig.from_json(entry["config"]), entry.get("proof")
     return found
 
 
@@ -408,9 +415,8 @@ def nearest(key: Key, configs: dict[Key, LaunchConfig]) -> Key | None:
     """The entry nearest to ``key``: same op, direction and dtype; by length (log distance) first, then by rows.
 
     Left out are entries that cannot serve the key: a resident block shorter than the rows, more rows a program than
-    there are rows on a GPU, programs that share rows of which there are far more, or so few that twice the programs could share
-    each of them, or that hold a part of a row of their own key in registers and cannot hold one of this, or a length further away
-    than :data:`MAX_DOUBLINGS`.
+    there are rows on a GPU, programs that share rows of which there are far more, or that hold a part of a row of their own
+    key in registers and cannot hold one of this, or a length further away than :data:`MAX_DOUBLINGS`.
     """
 
     def serves(candidate: Key) -> bool:
@@ -421,8 +427,7 @@ def nearest(key: Key, configs: dict[Key, LaunchConfig]) -> Key | None:
             return True
         if launch.variant == "split":
             held, needed = launch.programs_per_row * launch.block, (candidate.n, key.n)
-            few = key.direction == "forward" and 2 * key.rows <= candidate.rows
-            if few or key.rows > 4 * candidate.rows or needed[0] <= held < needed[1]:
+            if key.rows > 4 * candidate.rows or needed[0] <= held < needed[1]:
                 return False
         return kernel_config.fits(launch, key, key.n) and launch.rows_per_program <= key.rows
 

@@ -91,8 +91,12 @@ def next_power_of_2(x: int) -> int:
 
 
 def bucket_rows(rows: int) -> int:
-    """Rows are bucketed to the next power of two: 1, 2, 4, …, 262144 and above."""
-    return min(next_power_of_2(rows), 1 << 18)
+    """Rows are bucketed to the next power of two or three times one: 1, 2, 3, 4, 6, 8, …, 262144 and above.
+
+    How often rows fill the processors decides which configuration is best, and that is finer than powers of two.
+    """
+    bound = min(next_power_of_2(rows), 1 << 18)
+    return bound // 4 * 3 if bound >= 4 and rows <= bound // 4 * 3 else bound
 
 
 def bucket_n(n: int) -> int:
@@ -191,6 +195,9 @@ def _sweeps(key: Key, words: int) -> _Tile:
     rows = _together(key, scores, 2048)
     if rows > 1:
         return _Tile(rows, scores, {16: 64, 32: 80, 64: 128}.get(rows * key.n // 32, 0))
+    if words == 1 and key.n == 16384 and 2 * PROCESSORS < key.rows <= 3 * PROCESSORS:
+        # three programs of half as many threads on a processor take all rows at a time, and two do not
+        return _Tile(1, 128, 168)
     # where one register more would halve the programs, which it does at lengths that are no power of two
     return _Tile(1, scores, 128 if scores == 64 and key.n == 16384 and key.rows > PROCESSORS else 0)
 
@@ -199,7 +206,7 @@ def _one_pass(key: Key, words: int) -> _Tile:
     """soft_topk backward: one pass over the row. Programs of one warp would be too many."""
     if key.n <= 256:
         return _Tile(max(1, min(8, next_power_of_2(key.rows) // 512)), 8)
-    return _Tile(1, 8, 40) if key.n <= 1024 or words == 2 else _Tile(1, 16, 64)
+    return _Tile(1, 8, 40) if key.n <= 2048 or words == 2 else _Tile(1, 16, 64)
 
 
 def _iterations(key: Key, words: int) -> _Tile:
@@ -274,6 +281,8 @@ def _long_rows(key: Key, segments: int | None) -> LaunchConfig:
         return LaunchConfig("split", block, 1, warps, 1, segments, programs_per_row=min(max(key.n // block, 1), 2048))
     if programs < 2:
         return LaunchConfig("tiled", 4096, 1, 16, 1, segments)
+    # more than that wait for each other longer than they gain
+    programs = min(programs, max(32, key.n // 8192))
     block = min(max(key.n // programs, 1024), 8192)
     if programs * block < key.n:
         # tiles that are read again: more threads, and a program on every processor

@@ -260,10 +260,6 @@ def test_programs_that_hold_a_row_of_their_own_key_must_hold_a_longer_one_too():
     assert store.nearest(key, {shorter: LaunchConfig("split", 8192, 1, 4, 1, 20, programs_per_row=32)}) == shorter
     # what re-reads a row of its own key may do so here
     assert store.nearest(key, {shorter: LaunchConfig("split", 2048, 1, 2, 1, 20, programs_per_row=32)}) == shorter
-    # of half as many rows twice the programs could share each
-    assert store.nearest(key._replace(rows=2), {key: LaunchConfig("split", 8192, 1, 4, 1, 20, programs_per_row=32)}) is None
-    back = key._replace(direction="backward")
-    assert store.nearest(back._replace(rows=2), {back: LaunchConfig("split", 1024, 1, 1, 1, 20, programs_per_row=256)}) == back
     longer = key._replace(n=524288)
     assert store.nearest(key, {longer: LaunchConfig("split", 8192, 1, 4, 1, 20, programs_per_row=64)}) == longer
 
@@ -421,8 +417,8 @@ def test_a_lock_that_is_held_times_out(tmp_path):
         pass
 
 
-def test_buckets_are_powers_of_two_and_end():
-    assert [kernel_config.bucket_rows(rows) for rows in (0, 1, 2, 3, 300, 512, 513, 1 << 18, 1 << 30)] == [
-        1, 1, 2, 4, 512, 512, 1024, 1 << 18, 1 << 18,
-    ]  # fmt: skip
+def test_buckets_are_powers_of_two_and_of_rows_three_times_those_and_end():
+    assert [kernel_config.bucket_rows(rows) for rows in range(10)] == [1, 1, 2, 3, 4, 6, 6, 8, 8, 12]
+    assert [kernel_config.bucket_rows(rows) for rows in (300, 385, 512, 513)] == [384, 512, 512, 768]
+    assert {kernel_config.bucket_rows(rows) for rows in (3 << 16 | 1, 1 << 18, 1 << 18 | 1, 1 << 30)} == {1 << 18}
     assert [kernel_config.bucket_n(n) for n in (1, 16, 17, 12000, 1 << 24, 1 << 30)] == [16, 16, 32, 16384, 1 << 24, 1 << 24]
