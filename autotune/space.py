@@ -69,9 +69,7 @@ _GPU_FULL = (
     # where a program has a row, and the rows fill the processors a few times: some more of them may want another
     (256, 4096),
     (512, 8192),
-    (768, 8192),
     (256, 16384),
-    (384, 16384),
     (512, 16384),
     (128, 32768),
 )
@@ -87,6 +85,7 @@ def groups(backend: str, effort: str, shapes: Sequence[tuple[int, int]] | None =
         effort: ``"quick"`` or ``"full"``.
         shapes: rows and length of calls, whose buckets are tuned; None is the fixed list of the effort.
     """
+    fixed: Sequence[tuple[int, int]]
     dtypes: tuple[str, ...]
     if backend == "triton":
         fixed = _GPU_QUICK if effort == "quick" else _GPU_FULL

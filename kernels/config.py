@@ -91,12 +91,8 @@ def next_power_of_2(x: int) -> int:
 
 
 def bucket_rows(rows: int) -> int:
-    """Rows are bucketed to the next power of two or three times one: 1, 2, 3, 4, 6, 8, …, 262144 and above.
-
-    How often rows fill the processors decides which configuration is best, and that is finer than powers of two.
-    """
-    bound = min(next_power_of_2(rows), 1 << 18)
-    return bound // 4 * 3 if bound >= 4 and rows <= bound // 4 * 3 else bound
+    """Rows are bucketed to the next power of two: 1, 2, 4, …, 262144 and above."""
+    return min(next_power_of_2(rows), 1 << 18)
 
 
 def bucket_n(n: int) -> int:
@@ -195,9 +191,6 @@ def _sweeps(key: Key, words: int) -> _Tile:
     rows = _together(key, scores, 2048)
     if rows > 1:
         return _Tile(rows, scores, {16: 64, 32: 80, 64: 128}.get(rows * key.n // 32, 0))
-    if words == 1 and key.n == 16384 and 2 * PROCESSORS < key.rows <= 3 * PROCESSORS:
-        # three programs of half as many threads on a processor take all rows at a time, and two do not
-        return _Tile(1, 128, 168)
     # where one register more would halve the programs, which it does at lengths that are no power of two
     return _Tile(1, scores, 128 if scores == 64 and key.n == 16384 and key.rows > PROCESSORS else 0)
 

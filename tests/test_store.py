@@ -417,8 +417,7 @@ def test_a_lock_that_is_held_times_out(tmp_path):
         pass
 
 
-def test_buckets_are_powers_of_two_and_of_rows_three_times_those_and_end():
-    assert [kernel_config.bucket_rows(rows) for rows in range(10)] == [1, 1, 2, 3, 4, 6, 6, 8, 8, 12]
-    assert [kernel_config.bucket_rows(rows) for rows in (300, 385, 512, 513)] == [384, 512, 512, 768]
-    assert {kernel_config.bucket_rows(rows) for rows in (3 << 16 | 1, 1 << 18, 1 << 18 | 1, 1 << 30)} == {1 << 18}
+def test_buckets_are_powers_of_two_and_end():
+    assert [kernel_config.bucket_rows(rows) for rows in range(10)] == [1, 1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert {kernel_config.bucket_rows(rows) for rows in (1 << 17 | 1, 1 << 18, 1 << 18 | 1, 1 << 30)} == {1 << 18}
     assert [kernel_config.bucket_n(n) for n in (1, 16, 17, 12000, 1 << 24, 1 << 30)] == [16, 16, 32, 16384, 1 << 24, 1 << 24]
