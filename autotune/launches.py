@@ -143,12 +143,15 @@ def _cases(
     if forward.variant == "split":
         rows = min(key.rows, processors)
     longest = min((config.block for config in pair if config.variant == "resident"), default=key.n)
-    wholes = sorted({min(_whole(config, rows, key.n, processors, config is forward), longest) for config in pair})
+    wholes = {min(_whole(config, rows, key.n, processors, config is forward), longest) for config in pair}
+    if any(config.variant == "resident" for config in pair):
+        # no call has rows that are much shorter than a resident block; one fills all tiles that are no larger
+        wholes = {n for n in wholes if 2 * n > longest}
     case = functools.partial(Case, key.op, key.dtype, forward, backward, rows)
     if "whole" in inputs:
-        for n in wholes:
+        for n in sorted(wholes):
             yield case(n, "whole")
-    n = wholes[-1]
+    n = max(wholes)
     if "aligned" in inputs:
         yield case(max(3 * n // 64 * 16, 1), "aligned")
     for name in ("odd", "special"):
