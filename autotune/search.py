@@ -90,10 +90,6 @@ SURELY_FASTER = 0.98
 SURPRISE = 1.1
 """Where the ratio of the last race is so many times that of the search, or the other way round, it is run again."""
 
-BETWEEN = 25
-"""Of how many 32nds of the key's rows and of its length the scores are at which what is taken must not lose more than it gains at
-its key: near the middle of its bucket, whose largest sizes are the key's."""
-
 BETWEEN_ROUNDS = 9
 """Rounds of the race between the keys in a search."""
 
@@ -379,6 +375,7 @@ class _Search:
         self.known = {} if fresh else store.outdated(path, self.backend)
         asked = {group.key(direction) for group in groups for direction in DIRECTIONS}
         self.stays = {key: config for key, config in store.chosen(path).items() if key not in asked}
+        self.tuned = asked | self.stays.keys()
         self.kept = self._kept(groups)
         self.groups = groups = [group for group in groups if group.label() not in self.kept]
         self.journal.note("asked", "", [*self.others(), *(group.label() for group in groups)])
@@ -1084,11 +1081,9 @@ class _Search:
                 track.drop(configs[direction], "slower between", f"{said} at {at.rows}x{at.n}")
         return raced._replace(taken=raced.taken | {direction: holds[direction] for direction in won})
 
-    @staticmethod
-    def beside(track: Track) -> Track:
+    def beside(self, track: Track) -> Track:
         """The same direction at rows and a length between this key and the next."""
-        rows, n = (max(1, size * BETWEEN // 32) for size in (track.key.rows, track.key.n))
-        return Track(track.key._replace(rows=rows, n=n), track.default, None)
+        return Track(space.between(track.key, self.tuned), track.default, None)
 
     @staticmethod
     def proof_of(track: Track, direction: str, pair: _Pair, raced: _Raced) -> Proved | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -72,6 +72,17 @@ _GPU_FULL = (
     (256, 16384),
     (512, 16384),
     (128, 32768),
+    # rows that do not fill their block, where the registers of that binary say how many run at a time
+    (4096, 1600),
+    (256, 3200),
+    (1024, 3200),
+    (256, 6400),
+    (512, 6400),
+    (1024, 6400),
+    (256, 12800),
+    (512, 12800),
+    (1024, 12800),
+    (128, 25600),
 )
 _CPU_QUICK = ((256, 512), (64, 4096), (4, 65536))
 _CPU_FULL = (*_CPU_QUICK, (4096, 64), (1024, 512), (1024, 2048), (16, 4096), (256, 8192), (1, 262144))
@@ -115,6 +126,7 @@ def candidates(key: Key, backend: str, effort: str) -> list[LaunchConfig]:
     All have the heuristic's number of checkpoint segments; those are chosen on top, see :func:`with_segments`.
     """
     default = kernel_config.heuristic(key, backend)
+    key = key._replace(n=kernel_config.next_power_of_2(key.n))
     found = _gpu(key, default, effort) if backend == "triton" else _cpu(key, default, effort)
     return list(dict.fromkeys([default, *found]))
 
@@ -137,12 +149,25 @@ def fitted(config: LaunchConfig, source: Key, key: Key) -> LaunchConfig:
     A resident row has its own length as its block, and as many warps as keep the scores a thread; programs that share a row
     become more or fewer with its length.
     """
+    length, own = (kernel_config.next_power_of_2(one.n) for one in (key, source))
     if config.variant == "resident":
-        return replace(config, block=key.n, num_warps=max(1, min(config.num_warps * key.n // config.block, 32)))
+        return replace(config, block=length, num_warps=max(1, min(config.num_warps * length // config.block, 32)))
     if config.variant == "split":
-        programs = max(2, config.programs_per_row * key.n // source.n)
+        programs = max(2, config.programs_per_row * length // own)
         return replace(config, programs_per_row=min(programs, 2048))
     return config
+
+
+BETWEEN = 25
+"""Of how many 32nds of the key's rows and of its length the scores are at which what is taken must not lose more than it gains at
+its key: near the middle of the bucket of a power of two, whose largest sizes are the key's."""
+
+
+def between(key: Key, tuned: Container[Key]) -> Key:
+    """Fewer and shorter rows than a key's, which its entry serves too; not shorter where others of ``tuned`` serve those."""
+    rows, n = (max(1, size * BETWEEN // 32) for size in (key.rows, key.n))
+    own = kernel_config.bucket_n(n)
+    return key._replace(rows=rows, n=key.n if own != key.n and key._replace(n=own) in tuned else n)
 
 
 NEW_FORM = 0.975

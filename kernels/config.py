@@ -76,7 +76,7 @@ class LaunchConfig:
 
 
 class Key(NamedTuple):
-    """What a configuration is for. ``rows`` and ``n`` are bucket bounds, not the call's own sizes."""
+    """What a configuration is for. ``rows`` and ``n`` name a bucket; they are not the call's own sizes."""
 
     op: str
     direction: str
@@ -96,8 +96,13 @@ def bucket_rows(rows: int) -> int:
 
 
 def bucket_n(n: int) -> int:
-    """Lengths are bucketed to the next power of two, at least 16 and at most 2**24."""
-    return min(max(next_power_of_2(n), 16), 1 << 24)
+    """Lengths are bucketed to the next power of two, at least 16 and at most 2**24.
+
+    Rows of 1025 to 32767 that do not fill such a block have buckets of their own, 25/32 of it, which is a length that has many
+    of them in its middle: their binaries are other ones, with other registers, and what is best for full rows may not be for them.
+    """
+    bound = min(max(next_power_of_2(n), 16), 1 << 24)
+    return bound * 25 // 32 if n < bound and 2048 <= bound <= MAX_RESIDENT_N else bound
 
 
 _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
@@ -133,6 +138,7 @@ def heuristic(key: Key, backend: str) -> LaunchConfig:
         key: the bucketed key.
         backend: ``"triton"`` or ``"cpu"``.
     """
+    key = key._replace(n=next_power_of_2(key.n))  # in rows that do not fill a block it sees no difference
     segments = TUNED_N_ITERS if key.op == "coordinate_descent" else None
     itemsize = 8 if key.dtype == "float64" else 4
     if backend == "cpu":

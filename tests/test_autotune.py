@@ -113,6 +113,27 @@ def test_groups_of_an_item_agree_on_a_new_form_in_their_order(tmp_path):
         assert [hunts[group.label()].tracks[way].ranked[0].rows_per_program for group in groups] == [16, 16, 32]
 
 
+def test_between_a_key_and_the_next_its_entry_serves():
+    key = Key("soft_topk", "forward", "float32", 1024, 16384)
+    assert space.between(key, ()) == key._replace(rows=800, n=12800)
+    # an entry for such rows serves them
+    assert space.between(key, {key._replace(n=12800)}) == key._replace(rows=800)
+    assert space.between(key._replace(n=12800), {key}) == key._replace(rows=800, n=10000)
+    assert kernel_config.bucket_n(10000) == 12800
+    assert space.between(key._replace(rows=1, n=512), ()) == key._replace(rows=1, n=400)
+
+
+def test_what_rows_that_do_not_fill_their_block_have_is_what_full_ones_have():
+    for op in kernel_config.OPS:
+        for way in kernel_config.DIRECTIONS:
+            whole, part = (Key(op, way, "float32", 512, n) for n in (16384, 12800))
+            assert kernel_config.heuristic(part, "triton") == kernel_config.heuristic(whole, "triton")
+            found = space.candidates(part, "triton", "full")
+            assert found == space.candidates(whole, "triton", "full")
+            for config in found:
+                assert space.fitted(config, whole, part) == space.fitted(config, part, whole) == config
+
+
 def test_forms_of_keys_that_are_not_tuned_now_are_counted(quick):
     run(groups=SMALL[:1])
     elsewhere = [SMALL[0]._replace(n=4 * SMALL[0].n)]
@@ -660,7 +681,7 @@ def test_what_loses_more_between_the_keys_than_it_gains_at_its_key_is_not_taken(
     """At its key a candidate takes half of the default's 10 us; between this key and the next the default takes 10 us too."""
     rows(1)
     monkeypatch.setitem(search._PLANS, ("cpu", "quick"), replace(search._PLANS["cpu", "quick"], between=True))
-    sizes = {search._Search.beside(search.Track(SMALL[0].key(way), None, None)).key[3:] for way in ("forward", "backward")}
+    sizes = {space.between(SMALL[0].key(way), ())[3:] for way in ("forward", "backward")}
     assert sizes == {(SMALL[0].rows * 25 // 32, SMALL[0].n * 25 // 32)}
     between = [f" {count}x{n}" for count, n in sizes]
 

@@ -420,4 +420,17 @@ def test_a_lock_that_is_held_times_out(tmp_path):
 def test_buckets_are_powers_of_two_and_end():
     assert [kernel_config.bucket_rows(rows) for rows in range(10)] == [1, 1, 2, 4, 4, 8, 8, 8, 8, 16]
     assert {kernel_config.bucket_rows(rows) for rows in (1 << 17 | 1, 1 << 18, 1 << 18 | 1, 1 << 30)} == {1 << 18}
-    assert [kernel_config.bucket_n(n) for n in (1, 16, 17, 12000, 1 << 24, 1 << 30)] == [16, 16, 32, 16384, 1 << 24, 1 << 24]
+    lengths = {1: 16, 16: 16, 17: 32, 1000: 1024, 2048: 2048, 40000: 65536, 1 << 24: 1 << 24, 1 << 30: 1 << 24}
+    # rows that do not fill a block
+    lengths |= {1025: 1600, 2047: 1600, 12000: 12800, 12800: 12800, 16383: 12800, 32767: 25600}
+    assert {n: kernel_config.bucket_n(n) for n in lengths} == lengths
+
+
+def test_an_entry_of_full_rows_serves_those_that_do_not_fill_their_block_where_there_is_none_for_them():
+    key = Key("soft_topk", "forward", "float32", 512, 12800)
+    whole = {
+        key._replace(n=n, rows=rows): LaunchConfig("resident", n, 1, 8, 1) for n in (8192, 16384, 32768) for rows in (256, 512)
+    }
+    assert store.nearest(key, whole) == key._replace(n=16384)
+    other = key._replace(rows=1024)
+    assert store.nearest(key, whole | {other: LaunchConfig("resident", 16384, 1, 8, 1)}) == other
