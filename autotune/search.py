@@ -373,11 +373,11 @@ class _Search:
         fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
         self.journal = Journal(journal_path(path, rank), fingerprint, fresh, ranks)
         self.known = {} if fresh else store.outdated(path, self.backend)
+        self.kept = self._kept(groups)
+        self.groups = groups = [group for group in groups if group.label() not in self.kept]
         asked = {group.key(direction) for group in groups for direction in DIRECTIONS}
         self.stays = {key: config for key, config in store.chosen(path).items() if key not in asked}
         self.tuned = asked | self.stays.keys()
-        self.kept = self._kept(groups)
-        self.groups = groups = [group for group in groups if group.label() not in self.kept]
         self.journal.note("asked", "", [*self.others(), *(group.label() for group in groups)])
         self.progress: Progress | None = None
         self.watch: Watch | None = None

@@ -106,8 +106,9 @@ def _distinct(autotune: Json) -> list[Block]:
         row += [Cell(text.count(len({evidence_module.form(one["config"]) for one in configs})), tone="strong")]
         rows.append([*row, Cell(configuration(configs[0]["config"])), Cell(text.count(configs[0]["keys"]))])
     note = (
-        "Whatever the length: a resident row's block is its length, and its warps are counted by the scores a thread; of rows that "
-        "are shared, the programs a row are left out."
+        "Whatever the length: a resident row's block is its length, and its warps are counted by the scores a thread; one warp "
+        "that has several short rows counts as one that has a row of as many scores in all; of rows that are shared, the programs "
+        "a row are left out."
     )
     return [Table("Distinct configurations", columns, rows, [("", note)]), *_fewer(autotune)]
 

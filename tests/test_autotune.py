@@ -142,8 +142,19 @@ def test_forms_of_keys_that_are_not_tuned_now_are_counted(quick):
     document["entries"] = [entry | {"config": entry["config"] | {"rows_per_program": 77}} for entry in entries]
     quick.write_text(json.dumps(document))
     odd = {space.form(config) for config in store.chosen(quick).values()}
-    assert odd and odd <= search._Search(CPU, "quick", quick, True, elsewhere, None, 0, 0, None, None).forms(SMALL[0].op)
-    assert not odd & search._Search(CPU, "quick", quick, True, SMALL[:1], None, 0, 0, None, None).forms(SMALL[0].op)
+
+    def forms(groups, fresh=True):
+        return search._Search(CPU, "quick", quick, fresh, groups, None, 0, 0, None, None).forms(SMALL[0].op)
+
+    assert odd and odd <= forms(elsewhere)
+    assert not odd & forms(SMALL[:1])
+    # nor are those whose proofs hold while those of others do not
+    stale = {"kernel_sha256": "0" * 64}
+    document["entries"] += [
+        entry | {"key": entry["key"] | {"n": elsewhere[0].n}, "proof": entry["proof"] | stale} for entry in entries
+    ]
+    quick.write_text(json.dumps(document))
+    assert odd <= forms([SMALL[0], *elsewhere], fresh=False)
 
 
 @pytest.mark.parametrize("room", [2, 1])
