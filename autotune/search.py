@@ -5,7 +5,7 @@ The work comes in items, a few groups each (one operator, dtype and bucket, both
 1. the search of each direction (``strategies.py``) asks for candidates. They are compiled in parallel processes, ahead where it
    is known what will be asked for; what spills or does not compile is dropped, and of equal binaries one is timed. Several
    groups are searched at a time, so that one is timed while another is compiled;
-   A form of configuration that no key of the operator has must gain 2.5 % to be taken, a seventeenth 10 % (``space.familiar``);
+   A form of configuration that no key of the operator has must gain 3 % to be taken, a seventeenth 10 % (``space.familiar``);
 2. ``coordinate_descent``: another number of checkpoint segments is taken only if both directions together gain by it;
 3. forward and backward that were found are joined and proved (``proof.py``), as is the pair of defaults. Nothing is timed
    meanwhile. Where a proof fails, the next best candidate takes the place of the one to blame;
@@ -34,7 +34,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -729,7 +729,7 @@ class _Search:
                 if self.plan.between:
                     yield from self.between(direction, track, hints)
                 if self.backend == "triton":
-                    track.ranked = space.familiar(track.ranked, track.figures, self.forms(group.op))
+                    track.ranked = self.familiar(track, self.forms(group.op))
             self.show(track, "searched")
             self.say(f"searched {track.name}", 1)
         if all(track.ranked and track.known is None for track in tracks.values()):
@@ -749,7 +749,7 @@ class _Search:
         base = answer[track.default]
         means = {one: math.sqrt(track.ratios[one] * strategies.ratio(answer[one], base)) for one in few if one in answer}
         if means:
-            first = strategies.preferred(means, track.default, hints, self.plan.search.tie)
+            first = strategies.preferred(means, track.default, hints, self.plan.search)
             track.ranked = [*first, *(config for config in track.ranked if config not in means)]
             track.figures = track.ratios | means
 
@@ -763,6 +763,10 @@ class _Search:
         defaults = (kernel_config.heuristic(key, self.backend) for key in keys)
         chosen = (config for key, config in (*self.stays.items(), *self.chosen.items()) if key.op == op)
         return {space.form(config) for config in (*defaults, *chosen)}
+
+    def familiar(self, track: Track, forms: Collection[Form]) -> list[LaunchConfig]:
+        """The order in which the candidates of a direction are taken where an operator has these forms."""
+        return space.familiar(track.ranked, track.figures, forms, track.default, self.plan.search.keep)
 
     def agree(self, hunts: dict[str, Hunt]) -> None:
         """Has the groups of an item, in their order, take the same new forms of configurations where that costs little."""
@@ -779,7 +783,7 @@ class _Search:
                 for track in tracks:
                     track.ranked = [space.with_segments(config, track.default.checkpoint_segments) for config in track.ranked]
             for track in tracks:
-                track.ranked = space.familiar(track.ranked, track.figures, found)
+                track.ranked = self.familiar(track, found)
                 found.add(space.form(track.ranked[0]))
 
     def segments(self, group: Group, tracks: dict[str, Track]) -> Generator[tuple[str, Ask], Answer, None]:

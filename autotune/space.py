@@ -82,6 +82,10 @@ _GPU_FULL = (
     (256, 12800),
     (512, 12800),
     (1024, 12800),
+    (384, 6400),
+    (768, 6400),
+    (384, 12800),
+    (768, 12800),
     (128, 25600),
 )
 _CPU_QUICK = ((256, 512), (64, 4096), (4, 65536))
@@ -170,7 +174,7 @@ def between(key: Key, tuned: Container[Key]) -> Key:
     return key._replace(rows=rows, n=key.n if own != key.n and key._replace(n=own) in tuned else n)
 
 
-NEW_FORM = 0.975
+NEW_FORM = 0.97
 """A form that no key of the operator has is taken where it takes less than this share of the time of every form that one has."""
 
 MOST_FORMS, RARE_FORM = 16, 0.9
@@ -183,19 +187,29 @@ def form(config: LaunchConfig) -> Form:
     return evidence.form(config.to_json())
 
 
-def familiar(ranked: Sequence[LaunchConfig], ratios: Mapping[LaunchConfig, float], forms: Collection[Form]) -> list[LaunchConfig]:
+def familiar(
+    ranked: Sequence[LaunchConfig],
+    ratios: Mapping[LaunchConfig, float],
+    forms: Collection[Form],
+    default: LaunchConfig,
+    keep: float,
+) -> list[LaunchConfig]:
     """The order in which candidates are taken, so that an operator gets along with few forms.
 
     Args:
         ranked: the candidates by preference (:func:`strategies.preferred`).
         ratios: of each the time over the default's.
         forms: the forms that keys of the operator have.
+        default: the heuristic's, with the same checkpoint segments; its form is one of them.
+        keep: it is taken before others of a known form that are not faster by so much.
 
     Returns:
         The same, the first of a known form in front unless a new form is faster by more than :data:`NEW_FORM` says, or, where
         there are :data:`MOST_FORMS`, :data:`RARE_FORM`.
     """
     known = next((config for config in ranked if form(config) in forms), None)
+    if known is not None and default in ranked and ratios[default] <= keep * ratios[known]:
+        known = default
     if known is None or ratios[ranked[0]] < (NEW_FORM if len(forms) < MOST_FORMS else RARE_FORM) * ratios[known]:
         return list(ranked)
     return [known, *(config for config in ranked if config != known)]

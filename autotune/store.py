@@ -400,10 +400,12 @@ class Served:
     exact: bool
 
 
-def _distance(key: Key, candidate: Key) -> tuple[float, float, int, int]:
-    n = abs(math.log2(candidate.n / key.n))
-    rows = abs(math.log2(candidate.rows / key.rows))
-    return n, rows, candidate.n, candidate.rows
+def _distance(key: Key, candidate: Key) -> tuple[float, float, bool, int, int]:
+    """Doublings of the block that a row fits, then of the rows; where one's rows fill their block and the other's do not, that is
+    one more."""
+    blocks = abs(math.log2(kernel_config.next_power_of_2(candidate.n) / kernel_config.next_power_of_2(key.n)))
+    rows = abs(math.log2(candidate.rows / key.rows)) + (blocks == 0 and candidate.n != key.n)
+    return blocks, rows, candidate.n != key.n, candidate.n, candidate.rows
 
 
 MAX_DOUBLINGS = {"resident": 1.0, "split": 1.0, "tiled": 2.0, "eager": 2.0, "inductor": 2.0}
@@ -412,7 +414,7 @@ costs what it is longer; the heuristic, whose block always fits, is better from 
 
 
 def nearest(key: Key, configs: dict[Key, LaunchConfig]) -> Key | None:
-    """The entry nearest to ``key``: same op, direction and dtype; by length (log distance) first, then by rows.
+    """The entry nearest to ``key``: same op, direction and dtype; by length first, then by rows (log distances).
 
     Left out are entries that cannot serve the key: a resident block shorter than the rows, more rows a program than
     there are rows on a GPU, programs that share rows of which there are far more, or that hold a part of a row of their own

@@ -59,6 +59,7 @@ class Plan:
         contenders: how many go on at most.
         contender_rounds: rounds of the contenders.
         tie: candidates within this factor of the best are as good as it; see :func:`preferred`.
+        keep: and the default within this one: what gains less here may lose as much at the sizes around.
         doubts: how often those of which it is not clear whether they are within ``tie`` are timed again, at most.
         doubt_rounds: rounds of these.
     """
@@ -71,6 +72,7 @@ class Plan:
     contenders: int = 8
     contender_rounds: int = 6
     tie: float = 1.0035
+    keep: float = 1.01
     doubts: int = 6
     doubt_rounds: int = 8
 
@@ -198,29 +200,30 @@ class Ratios:
         """Of the median of the paired ratios, 95 %."""
         return median_interval([time / base for time, base in zip(self.times[config], self.bases[config], strict=True)])
 
-    def doubtful(self, configs: Sequence[LaunchConfig], hints: Sequence[LaunchConfig], tie: float) -> list[LaunchConfig]:
+    def doubtful(self, configs: Sequence[LaunchConfig], hints: Sequence[LaunchConfig], plan: Plan) -> list[LaunchConfig]:
         """What has to be timed again to know which candidate is taken; nothing where that is clear.
 
         That is the best, and every candidate that the rule prefers to the one that would be taken now, and of which it is not
-        clear whether it is within ``tie`` of the best, and this one if it is not clear of it either.
+        clear whether it is within ``plan.tie`` of the best (the default: ``plan.keep``), and this one if it is not clear of it
+        either.
         """
         known = self.figures()
         figures = {config: known[config] for config in configs if config in known}
         if not figures:
             return []
         best = min(figures, key=lambda one: (figures[one], _key(one)))
-        taken = preferred(figures, self.default, hints, tie)[0]
+        taken = preferred(figures, self.default, hints, plan)[0]
         found = [best]
         for config in figures:
             if config == best:
                 continue
             least, most = self.interval(best if config == self.default else config)
             # the default's own ratio is 1 without a doubt: that of the best says how far it is away
-            limit = 1 / tie if config == self.default else tie * figures[best]
+            limit = 1 / plan.keep if config == self.default else plan.tie * figures[best]
             if least <= limit <= most:
-                # would it be taken, if it were within the tie?
+                # would it be taken, if it were within that?
                 pair = {config: 1.0, taken: 1.0}
-                if config == taken or preferred(pair, self.default, hints, tie)[0] == config:
+                if config == taken or preferred(pair, self.default, hints, plan)[0] == config:
                     found.append(config)
         return found if len(found) > 1 else []
 
@@ -233,9 +236,10 @@ class DefaultFailed(Exception):
 
 
 def preferred(
-    figures: dict[LaunchConfig, float], default: LaunchConfig, hints: Sequence[LaunchConfig], tie: float
+    figures: dict[LaunchConfig, float], default: LaunchConfig, hints: Sequence[LaunchConfig], plan: Plan
 ) -> list[LaunchConfig]:
-    """The order in which candidates are taken: first those within ``tie`` of the best by a fixed rule, then the others by time.
+    """The order in which candidates are taken: first those within ``plan.tie`` of the best, and the default within ``plan.keep``,
+    by a fixed rule, then the others by time.
 
     The rule: the default; what neighbouring keys use, in their order; the least memory (checkpoint segments, then programs, which
     exchange sums in memory); the fewest registers and threads that are reserved.
@@ -243,7 +247,7 @@ def preferred(
     best = min(figures.values())
 
     def rule(config: LaunchConfig) -> tuple[object, ...]:
-        if figures[config] > best * tie:
+        if figures[config] > best * (plan.keep if config == default else plan.tie):
             return (1, figures[config], _key(config))
         hint = hints.index(config) if config in hints else len(hints)
         return (0, config != default, hint, *_key(config))
@@ -328,12 +332,12 @@ def local_race(
         timed.update(close)
     if timed:
         for _ in range(plan.doubts):
-            doubtful = ratios.doubtful(close, hints, plan.tie)
+            doubtful = ratios.doubtful(close, hints, plan)
             if not doubtful:
                 break
             yield from ask(doubtful, plan.doubt_rounds)
     figures = ratios.figures()
-    return Found(preferred(figures, default, hints, plan.tie), figures)
+    return Found(preferred(figures, default, hints, plan), figures)
 
 
 def sampled(default: LaunchConfig, order: Sequence[LaunchConfig], rounds: int, batch: int = 16) -> Search:

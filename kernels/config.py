@@ -91,8 +91,13 @@ def next_power_of_2(x: int) -> int:
 
 
 def bucket_rows(rows: int) -> int:
-    """Rows are bucketed to the next power of two: 1, 2, 4, …, 262144 and above."""
-    return min(next_power_of_2(rows), 1 << 18)
+    """Rows are bucketed to the next power of two: 1, 2, 4, …, 262144 and above; 257 to 384 and 513 to 768 on their own.
+
+    A configuration has two, three or four programs of a long row on a processor at a time. How often these fill the chip decides
+    which is best, and with so many rows that changes within a power of two.
+    """
+    bound = min(next_power_of_2(rows), 1 << 18)
+    return bound // 4 * 3 if bound in (512, 1024) and rows <= bound // 4 * 3 else bound
 
 
 def bucket_n(n: int) -> int:

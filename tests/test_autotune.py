@@ -66,27 +66,34 @@ def test_a_form_leaves_out_what_follows_from_the_length():
     assert len({space.form(one) for one in (tiled, *others)}) == 4
 
 
+def familiar(ranked, ratios, forms, default=None, keep=1.0):
+    return space.familiar(ranked, ratios, forms, default or resident(64, 16), keep)
+
+
 def test_a_form_that_no_key_has_must_gain_more():
     new, known, other = resident(64, 1), resident(64, 2), resident(64, 4)
     forms = {space.form(resident(1024, 32)), space.form(resident(1024, 64))}
     assert forms == {space.form(known), space.form(other)}
     ratios = {new: 0.90, known: 0.92, other: 0.95}
-    assert space.familiar([new, known, other], ratios, forms) == [known, new, other]
-    assert space.familiar([new, other, known], ratios, {space.form(known)}) == [known, new, other]
-    assert space.familiar([new, known, other], ratios | {known: 0.93}, forms) == [new, known, other]
-    assert space.familiar([known, new, other], ratios, forms) == [known, new, other]
-    assert space.familiar([new, known, other], ratios, ()) == [new, known, other]
+    assert familiar([new, known, other], ratios, forms) == [known, new, other]
+    assert familiar([new, other, known], ratios, {space.form(known)}) == [known, new, other]
+    assert familiar([new, known, other], ratios | {known: 0.931}, forms) == [new, known, other]
+    assert familiar([known, new, other], ratios, forms) == [known, new, other]
+    assert familiar([new, known, other], ratios, ()) == [new, known, other]
+    # the default, where the best of the known forms is hardly faster
+    assert familiar([new, known, other], ratios | {other: 0.925}, forms, other, 1.01) == [other, new, known]
+    assert familiar([new, known, other], ratios | {other: 0.935}, forms, other, 1.01) == [known, new, other]
 
 
 def test_a_form_must_gain_much_when_there_are_as_many_as_an_operator_is_to_have():
     new, known = resident(64, 1), resident(64, 2)
     forms = {space.form(known)} | {space.form(resident(64, 1, 1, limit)) for limit in range(1, space.MOST_FORMS - 1)}
     ratios = {new: 0.82, known: 0.9}
-    assert space.familiar([new, known], ratios, forms) == [new, known]
+    assert familiar([new, known], ratios, forms) == [new, known]
     forms.add(space.form(resident(64, 1, 1, 99)))
     assert len(forms) == space.MOST_FORMS
-    assert space.familiar([new, known], ratios, forms) == [known, new]
-    assert space.familiar([new, known], ratios | {new: 0.8}, forms) == [new, known]
+    assert familiar([new, known], ratios, forms) == [known, new]
+    assert familiar([new, known], ratios | {new: 0.8}, forms) == [new, known]
 
 
 @pytest.mark.parametrize("backend, most", [("triton", 15), ("cpu", 16)])

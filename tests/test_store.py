@@ -417,9 +417,11 @@ def test_a_lock_that_is_held_times_out(tmp_path):
         pass
 
 
-def test_buckets_are_powers_of_two_and_end():
+def test_buckets_are_powers_of_two_and_a_few_between_and_end():
     assert [kernel_config.bucket_rows(rows) for rows in range(10)] == [1, 1, 2, 4, 4, 8, 8, 8, 8, 16]
     assert {kernel_config.bucket_rows(rows) for rows in (1 << 17 | 1, 1 << 18, 1 << 18 | 1, 1 << 30)} == {1 << 18}
+    middle = {256: 256, 257: 384, 384: 384, 385: 512, 512: 512, 513: 768, 768: 768, 769: 1024, 1536: 2048}
+    assert {rows: kernel_config.bucket_rows(rows) for rows in middle} == middle
     lengths = {1: 16, 16: 16, 17: 32, 1000: 1024, 2048: 2048, 40000: 65536, 1 << 24: 1 << 24, 1 << 30: 1 << 24}
     # rows that do not fill a block
     lengths |= {1025: 1600, 2047: 1600, 12000: 12800, 12800: 12800, 16383: 12800, 32767: 25600}
@@ -433,4 +435,8 @@ def test_an_entry_of_full_rows_serves_those_that_do_not_fill_their_block_where_t
     }
     assert store.nearest(key, whole) == key._replace(n=16384)
     other = key._replace(rows=1024)
-    assert store.nearest(key, whole | {other: LaunchConfig("resident", 16384, 1, 8, 1)}) == other
+    more = whole | {other: LaunchConfig("resident", 16384, 1, 8, 1)}
+    assert store.nearest(key, more) == other
+    # full rows are as far as twice or half the rows
+    assert store.nearest(key._replace(rows=256), more) == key._replace(rows=256, n=16384)
+    assert store.nearest(key._replace(rows=2048, n=16384), more) == key._replace(n=16384)

@@ -83,25 +83,44 @@ def test_all_candidates_of_a_variant_are_connected(rows, n):
 # --- the rule --------------------------------------------------------------------------------------------------------
 
 
+def tie(factor: float) -> strategies.Plan:
+    """The default's as the others'."""
+    return strategies.Plan(tie=factor, keep=factor)
+
+
+TIE = tie(1.003)
+
+
 def test_within_the_tie_a_fixed_rule_decides_and_then_the_time():
     default, hint, second = resident(1, 4), resident(2, 4), resident(2, 8)
     few, many, capped = resident(4, 2), resident(4, 16), resident(4, 2, 32)
     figures = {many: 1.0, capped: 1.001, few: 1.001, hint: 1.001, second: 1.001, default: 1.002}
-    order = strategies.preferred(figures, default, [second, hint], 1.003)
+    order = strategies.preferred(figures, default, [second, hint], TIE)
     assert order == [default, second, hint, few, many, capped]
     # what is out of the tie comes by its time, the default too
     figures |= {default: 1.1, second: 1.2}
-    assert strategies.preferred(figures, default, [second, hint], 1.003) == [hint, few, many, capped, default, second]
+    assert strategies.preferred(figures, default, [second, hint], TIE) == [hint, few, many, capped, default, second]
     segments = {replace(few, checkpoint_segments=count): 1.0 for count in (20, 4, 10)}
-    assert [one.checkpoint_segments for one in strategies.preferred(segments, default, (), 1.003)] == [4, 10, 20]
+    assert [one.checkpoint_segments for one in strategies.preferred(segments, default, (), TIE)] == [4, 10, 20]
     programs = {replace(few, programs_per_row=count, num_warps=8 // count): 1.0 for count in (4, 2)}
-    assert [one.programs_per_row for one in strategies.preferred(programs, default, (), 1.003)] == [2, 4]
+    assert [one.programs_per_row for one in strategies.preferred(programs, default, (), TIE)] == [2, 4]
+
+
+def test_the_default_is_kept_where_little_is_gained():
+    default, other, best = resident(1, 4), resident(2, 4), resident(2, 8)
+    plan = strategies.Plan(tie=1.003, keep=1.01)
+    assert strategies.preferred({best: 0.995, other: 0.996, default: 1.0}, default, (), plan)[0] == default
+    assert strategies.preferred({best: 0.985, other: 0.986, default: 1.0}, default, (other,), plan) == [other, best, default]
+    # and it is timed until that is clear
+    made, names = ratios(default, best=[0.985, 0.995] * 8)
+    assert set(made.doubtful([default, *names.values()], (), plan)) == {default, names["best"]}
+    assert made.doubtful([default, *names.values()], (), tie(1.003)) == []
 
 
 def test_the_order_does_not_depend_on_the_order_of_the_figures():
     figures = {resident(rows, warps): 1.0 for rows in (1, 2, 4) for warps in (2, 4)}
     backwards = dict(reversed(figures.items()))
-    assert strategies.preferred(figures, PLAIN, (), 1.01) == strategies.preferred(backwards, PLAIN, (), 1.01)
+    assert strategies.preferred(figures, PLAIN, (), TIE) == strategies.preferred(backwards, PLAIN, (), TIE)
 
 
 def ratios(default: LaunchConfig, **more: list[float]) -> tuple[Ratios, dict[str, LaunchConfig]]:
@@ -117,14 +136,14 @@ def ratios(default: LaunchConfig, **more: list[float]) -> tuple[Ratios, dict[str
 def test_nothing_is_doubtful_that_does_not_change_what_is_taken():
     default = resident(1, 4)
     made, names = ratios(default, best=[0.8, 0.81, 0.8, 0.81], slow=[0.9, 0.91, 0.9, 0.91])
-    assert made.doubtful([default, *names.values()], (), 1.003) == []
+    assert made.doubtful([default, *names.values()], (), tie(1.003)) == []
     # it would be taken if it were within the tie, and may be: its interval holds the limit
     made, names = ratios(default, few=[0.81, 0.9, 0.81, 0.9], best=[0.8, 0.8, 0.8, 0.8])
-    assert set(made.doubtful([default, *names.values()], (), 1.05)) == {names["few"], names["best"]}
+    assert set(made.doubtful([default, *names.values()], (), tie(1.05))) == {names["few"], names["best"]}
     # one that the rule does not prefer to the best does not matter
     made, names = ratios(default, best=[0.8, 0.8, 0.8, 0.8], many=[0.8, 0.9, 0.8, 0.9])
-    assert made.doubtful([default, *names.values()], (), 1.001) in ([], [names["best"], names["many"]])
-    assert Ratios(default).doubtful([default], (), 1.003) == []
+    assert made.doubtful([default, *names.values()], (), tie(1.001)) in ([], [names["best"], names["many"]])
+    assert Ratios(default).doubtful([default], (), tie(1.003)) == []
 
 
 def test_what_fails_is_known_and_has_no_figure():
