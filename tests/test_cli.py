@@ -344,7 +344,7 @@ def test_autotune_of_some_operators_and_dtypes(run, monkeypatch):
         assert asked.pop() == wanted
     monkeypatch.setattr(search, "run", lambda *rest, groups, **more: asked.append(groups) or evidence(tuned()))
     assert run("autotune", "--device", "cpu", "--only", "soft_topk", "--shapes", "700x6000,700x5000,3x20,9x8192")[0] == 0
-    assert [(group.rows, group.n) for group in asked.pop()] == [(1024, 6400), (4, 32), (16, 8192)]
+    assert [(group.rows, group.n) for group in asked.pop()] == [(768, 6400), (4, 32), (16, 8192)]
     said = run("autotune", "--device", "cpu", "--dtypes", "float64")
     one_line_error(said, "coordroute autotune", "--dtypes is 'float64'", "effort quick tunes none on cpu", "allowed are float32")
     assert not asked
