@@ -60,7 +60,7 @@ class Plan:
         contender_rounds: rounds of the contenders.
         tie: candidates within this factor of the best are as good as it; see :func:`preferred`.
         keep: and the default within this one: what gains less here may lose as much at the sizes around.
-        doubts: how often those of which it is not clear whether they are within ``tie`` are timed again, at most.
+        doubts: how often those of which it is not clear whether they are within ``tie`` or ``keep`` are timed again, at most.
         doubt_rounds: rounds of these.
     """
 

@@ -97,7 +97,8 @@ def bucket_rows(rows: int) -> int:
     which is best, and with so many rows that changes within a power of two.
     """
     bound = min(next_power_of_2(rows), 1 << 18)
-    return bound // 4 * 3 if bound in (512, 1024) and rows <= bound // 4 * 3 else bound
+    middle = bound * 3 // 4
+    return middle if bound in (512, 1024) and rows <= middle else bound
 
 
 def bucket_n(n: int) -> int:
