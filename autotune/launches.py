@@ -85,7 +85,7 @@ def configured(device: torch.device) -> list[dict[Key, LaunchConfig]]:
     found = []
     for verdict in store.files(device):
         if verdict.entries or verdict.rejected:
-            found.append(store.outdated(verdict.path, devices.backend(device)) | store.read(verdict.path).configs)
+            found.append(store.stale(verdict.path, devices.backend(device)) | store.read(verdict.path).configs)
     return found
 
 

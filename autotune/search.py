@@ -372,11 +372,11 @@ class _Search:
         rank, ranks = (crew.rank, crew.world_size) if crew else (0, 1)
         fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
         self.journal = Journal(journal_path(path, rank), fingerprint, fresh, ranks)
-        self.known = {} if fresh else store.outdated(path, self.backend)
+        self.known = {} if fresh else store.outdated(path, self.backend, self.description, self.versions)
         self.kept = self._kept(groups)
         self.groups = groups = [group for group in groups if group.label() not in self.kept]
         asked = {group.key(direction) for group in groups for direction in DIRECTIONS}
-        self.stays = {key: config for key, config in store.chosen(path).items() if key not in asked}
+        self.stays = {key: config for key, config in store.chosen(path, self.description).items() if key not in asked}
         self.tuned = asked | self.stays.keys()
         self.journal.note("asked", "", [*self.others(), *(group.label() for group in groups)])
         self.progress: Progress | None = None
@@ -400,14 +400,14 @@ class _Search:
         self.prepared: dict[str, tuple[int, Future[Json | Failure]]] = {}
 
     def _kept(self, groups: list[Group]) -> set[str]:
-        """Groups whose proofs hold while those of others do not: there is nothing to do for them.
+        """Groups that are not outdated while others are: there is nothing to do for them.
 
-        What an interrupted run had kept is kept by the one that goes on with it, which may find no stale proof any more.
+        What an interrupted run had kept is kept by the one that goes on with it, which may find nothing outdated any more.
         """
         known = self.journal.get("kept", "")
         if known is None and any(map(self.chosen_before, groups)):
             with contextlib.suppress(OSError, store.InvalidFile):
-                usable = store.read(self.path).configs
+                usable = store.read(self.path).configs.keys() - self.known.keys()
                 known = [
                     group.label()
                     for group in groups
@@ -419,7 +419,7 @@ class _Search:
         return set(known or ())
 
     def chosen_before(self, group: Group) -> bool:
-        """Whether an earlier run has chosen for both directions, and only the proofs are stale."""
+        """Whether an earlier run has chosen for both directions, and is only outdated: proofs and times are to be made anew."""
         return all(group.key(direction) in self.known for direction in DIRECTIONS)
 
     # progress
@@ -484,10 +484,12 @@ class _Search:
         self.save(self.groups)
 
     def save(self, groups: Iterable[Group]) -> None:
+        """Writes the entries of groups. What is outdated in the file and could not be proved anew goes."""
         results = [result for group in groups for result in self.results.get(group.label(), [])]
         entries = [result["entry"] for result in results if result["entry"] is not None]
-        if entries:
-            store.save(self.path, self.description, self.versions, entries)
+        gone = {Key(**result["key"]) for result in results if result["entry"] is None} & self.known.keys()
+        if entries or gone:
+            store.save(self.path, self.description, self.versions, entries, gone)
 
     def item(self, position: int) -> None:
         todo = []

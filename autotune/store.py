@@ -303,26 +303,62 @@ def read(path: Path) -> ConfigFile:
     return found
 
 
-def outdated(path: Path, backend: str) -> dict[Key, LaunchConfig]:
-    """What a file chose for the keys whose proof does not hold any more; nothing where there is no such file."""
-    return {key: launch for key, (launch, proof) in _chosen(path).items() if check_proof(proof, key, backend)}
+BUILT_WITH = {"triton": ("triton", "driver"), "cpu": ("torch",)}
+"""By backend, the versions that decide what becomes of a kernel's source: a proof and a time are of what they made of it."""
 
 
-def chosen(path: Path) -> dict[Key, LaunchConfig]:
-    """What a file chose for its keys, whether or not their proofs hold; nothing where there is no such file."""
-    return {key: launch for key, (launch, _) in _chosen(path).items()}
+def stale(path: Path, backend: str) -> dict[Key, LaunchConfig]:
+    """What a file chose for the keys whose proof is not of today's kernel; nothing where there is no such file."""
+    return {key: launch for key, (launch, proof, _) in _chosen(path).items() if check_proof(proof, key, backend)}
 
 
-def _chosen(path: Path) -> dict[Key, tuple[LaunchConfig, Any]]:
-    found: dict[Key, tuple[LaunchConfig, Any]] = {}
+def outdated(path: Path, backend: str, device: dict[str, Any], versions: dict[str, Any]) -> dict[Key, LaunchConfig]:
+    """What a file chose for the keys that are to be proved and timed anew; nothing where there is no such file of this device.
+
+    Those are the keys whose proof is not of today's kernel, and those that were proved with another Triton or driver (on a CPU
+    with another torch). The latter serve meanwhile.
+
+    Args:
+        path: the file.
+        backend: ``"triton"`` or ``"cpu"``.
+        device: as :func:`coordroute.autotune.device.describe` gives it today.
+        versions: as :func:`coordroute.autotune.device.versions` gives them today.
+    """
+    today = _made_with(device, versions)
+    return {
+        key: launch
+        for key, (launch, proof, made) in _chosen(path, device).items()
+        if any(made.get(name) != today.get(name) for name in BUILT_WITH[backend]) or check_proof(proof, key, backend)
+    }
+
+
+def chosen(path: Path, device: dict[str, Any]) -> dict[Key, LaunchConfig]:
+    """What a file chose for its keys, whether or not their proofs hold; nothing where there is no such file of this device."""
+    return {key: launch for key, (launch, *_) in _chosen(path, device).items()}
+
+
+def _chosen(path: Path, device: dict[str, Any] | None = None) -> dict[Key, tuple[LaunchConfig, Any, dict[str, Any]]]:
+    """By key the configuration of an entry, its proof, and the versions and the driver that it was made with.
+
+    Nothing where the file is of another device than this; None is any.
+    """
+    found: dict[Key, tuple[LaunchConfig, Any, dict[str, Any]]] = {}
     try:
-        entries = read_json(path)["entries"]
-    except (OSError, InvalidFile, KeyError):
+        data = read_json(path)
+    except (OSError, InvalidFile):
         return found
-    for entry in entries:
+    if device is not None and any(data["device"][name] != device[name] for name in ("name", "capability")):
+        return found
+    for entry in data["entries"]:
         with contextlib.suppress(InvalidFile, KeyError, TypeError, ValueError):
-            found[parse_key(entry["key"])] = LaunchConfig.from_json(entry["config"]), entry.get("proof")
+            made = _made_with(data["device"], entry.get("versions", data["versions"]))
+            found[parse_key(entry["key"])] = LaunchConfig.from_json(entry["config"]), entry.get("proof"), made
     return found
+
+
+def _made_with(device: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
+    """Versions and driver. Those of an entry that is older than its file name the driver too."""
+    return {"driver": device["driver"]} | versions
 
 
 def _usable(entry: Any, backend: str) -> tuple[Key, LaunchConfig]:
@@ -815,8 +851,9 @@ def save(
     device: dict[str, Any],
     versions: dict[str, Any],
     entries: Iterable[dict[str, Any]],
+    without: Iterable[Key] = (),
 ) -> dict[str, int]:
-    """Merges entries into a file: a key that is there already is replaced, all others stay.
+    """Merges entries into a file: a key that is there already is replaced, all others stay but those of ``without``.
 
     Atomic, and safe beside other writers and readers. Entries of the old file that could not be used any more are
     dropped. An old file that cannot be used as a whole (corrupt, another schema, another device) is kept beside the new
@@ -827,6 +864,7 @@ def save(
         device: as :func:`coordroute.autotune.device.describe` gives it.
         versions: at least coordroute, torch and triton.
         entries: as :func:`make_entry` gives them.
+        without: keys whose old entries are to go, which no proof could be made for any more.
 
     Returns:
         Counts: ``{"written", "kept", "dropped"}``.
@@ -834,7 +872,7 @@ def save(
     problem = _missing(device, DEVICE_FIELDS, "device")
     if problem:
         raise InvalidFile(problem)
-    new = {parse_key(entry["key"]): entry for entry in entries}
+    new, gone = {parse_key(entry["key"]): entry for entry in entries}, frozenset(without)
     with locked(path):
         kept: dict[Key, dict[str, Any]] = {}
         dropped = 0
@@ -845,8 +883,9 @@ def save(
             except InvalidFile:
                 os.replace(path, path.with_name(f"{path.name}.old"))
             else:
-                dropped = sum(old.rejected.values())
-                kept = {key: _dated(entry, old.versions, versions) for key, entry in old.entries.items() if key not in new}
+                other = {key: entry for key, entry in old.entries.items() if key not in new}
+                kept = {key: _dated(entry, old, device, versions) for key, entry in other.items() if key not in gone}
+                dropped = sum(old.rejected.values()) + len(other) - len(kept)
         merged = kept | new
         data = {
             "schema": SCHEMA,
@@ -858,6 +897,7 @@ def save(
     return {"written": len(new), "kept": len(kept), "dropped": dropped}
 
 
-def _dated(entry: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """An entry that was made with other versions than the file now names says so itself."""
-    return entry if old == new or "versions" in entry else entry | {"versions": old}
+def _dated(entry: dict[str, Any], old: ConfigFile, device: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
+    """An entry that was made with other versions or another driver than the file now names says so itself."""
+    made = _made_with(old.device, old.versions)
+    return entry if "versions" in entry or made == _made_with(device, versions) else entry | {"versions": made}

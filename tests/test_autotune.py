@@ -148,7 +148,7 @@ def test_forms_of_keys_that_are_not_tuned_now_are_counted(quick):
     document = json.loads(quick.read_text())
     document["entries"] = [entry | {"config": entry["config"] | {"rows_per_program": 77}} for entry in entries]
     quick.write_text(json.dumps(document))
-    odd = {space.form(config) for config in store.chosen(quick).values()}
+    odd = {space.form(config) for config in store.chosen(quick, devices.describe(CPU)).values()}
 
     def forms(groups, fresh=True):
         return search._Search(CPU, "quick", quick, fresh, groups, None, 0, 0, None, None).forms(SMALL[0].op)
@@ -558,7 +558,7 @@ def test_a_journal_of_more_processes_is_gone_on_with(quick):
 def test_what_was_chosen_before_is_verified_and_timed_again_beside_the_default(quick):
     """After a change of the kernel the stale file says what to look at, and gets fresh proofs; while they hold, all are tried."""
     run(groups=SMALL[:1])
-    assert store.outdated(quick, "cpu") == {}
+    assert store.stale(quick, "cpu") == {}
     data = json.loads(quick.read_text())
     chosen = replace(LaunchConfig.from_json(data["entries"][0]["config"]), rows_per_program=3)
     for entry in data["entries"]:
@@ -685,9 +685,85 @@ def test_what_was_kept_is_kept_by_the_run_that_goes_on_with_an_interrupted_one(q
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(journal.Journal, "remove", interrupt)
         run()  # after the last proof is in the file
-    assert not store.outdated(quick, "cpu")
+    assert not store.stale(quick, "cpu")
     again = run()
     assert (again["kept"], again["resumed"], len(again["keys"])) == (1, 2, 2)
+
+
+def made_by(path, name: str, version: str) -> None:
+    """The file as if it had been made with another version."""
+    data = json.loads(path.read_text())
+    data["device" if name == "driver" else "versions"][name] = version
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "counts"),
+    [
+        ("triton", "triton", True),
+        ("triton", "driver", True),
+        ("triton", "torch", False),
+        ("cpu", "torch", True),
+        ("cpu", "triton", False),
+        ("cpu", "driver", False),
+    ],
+)
+def test_what_another_triton_or_driver_made_is_outdated_and_serves_meanwhile(quick, backend, name, counts):
+    run(groups=SMALL[:1])
+    configs = store.read(quick).configs
+    device, versions = devices.describe(CPU), devices.versions()
+    if backend == "triton":  # the same file, read as a GPU's: its proofs are of another kernel then, which is another matter
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(store, "check_proof", lambda proof, key, backend: None)
+            assert store.outdated(quick, backend, device, versions) == {}
+            made_by(quick, name, "0")
+            assert store.outdated(quick, backend, device, versions) == (configs if counts else {})
+    else:
+        made_by(quick, name, "0")
+        assert store.outdated(quick, backend, device, versions) == (configs if counts else {})
+    assert store.stale(quick, "cpu") == {} and store.read(quick).configs == configs
+
+
+def test_after_a_change_of_version_what_was_chosen_is_proved_and_timed_again(quick, speeds, rows):
+    known, noted = speeds
+    rows(1, 2)
+    known |= {1: 5.0}
+    assert chosen(run()) == [1] * 4
+    made_by(quick, "torch", "0")
+    noted.clear()
+    first = run(groups=SMALL[:1])
+    assert (first["kept"], first["reverified"], len(first["keys"])) == (0, 1, 2)
+    assert {(config.rows_per_program == 1, count) for _, config, count in noted} == {(True, 7), (False, 7)} and len(noted) == 4
+    # what was not asked for then says with what it was made, and is the only one that is outdated
+    entries = json.loads(quick.read_text())["entries"]
+    assert {entry["key"]["op"]: entry.get("versions", {}).get("torch") for entry in entries} == {
+        SMALL[0].op: None,
+        SMALL[1].op: "0",
+    }
+    again = run()
+    assert (again["kept"], again["reverified"], [key["key"]["op"] for key in again["keys"]]) == (1, 1, [SMALL[1].op] * 2)
+    assert all("versions" not in entry for entry in json.loads(quick.read_text())["entries"])
+    assert run()["reverified"] == 0
+
+
+def test_what_cannot_be_proved_any_more_after_a_change_of_version_goes(quick, monkeypatch):
+    run()
+    made_by(quick, "torch", "0")
+    monkeypatch.setattr(proof, "check", lambda *arguments, **named: proof.Checked(None, "differs"))
+    assert [key["config"] for key in run(groups=SMALL[:1])["keys"]] == [None, None]
+    assert {key.op for key in store.read(quick).configs} == {SMALL[1].op}
+
+
+def test_what_a_file_of_another_device_chose_is_not_taken_over(quick):
+    run(groups=SMALL[:1])
+    made_stale(quick, {SMALL[0].label()})
+    assert store.outdated(quick, "cpu", devices.describe(CPU), devices.versions())
+    data = json.loads(quick.read_text())
+    data["device"]["name"] = "another"
+    quick.write_text(json.dumps(data))
+    assert store.outdated(quick, "cpu", devices.describe(CPU), devices.versions()) == {}
+    assert run(groups=SMALL[:1])["reverified"] == 0
+    assert quick.with_name(f"{quick.name}.old").exists()
 
 
 def interrupt(*_) -> None:

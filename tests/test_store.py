@@ -341,8 +341,19 @@ def test_save_merges_and_replaces(places):
     assert look()[0].rows_per_program == 9
     data = json.loads(path.read_text())
     assert data["versions"] == later
-    assert [made.get("versions") for made in data["entries"]] == [VERSIONS, None]
+    assert [made.get("versions") for made in data["entries"]] == [VERSIONS | {"driver": "none"}, None]
     assert [file.name for file in places.environment.iterdir()] == ["test-cpu-9.json"]
+
+
+def test_an_entry_keeps_the_versions_and_the_driver_that_it_was_made_with(places):
+    path = places.environment / "test-cpu-9.json"
+    keys = [KEY._replace(n=n) for n in (64, 128, 256)]
+    store.save(path, DEVICE, VERSIONS, [entry(key) for key in keys])
+    store.save(path, DEVICE | {"driver": "2"}, VERSIONS, [entry(keys[0])], without=[keys[2]])
+    store.save(path, DEVICE | {"driver": "3"}, VERSIONS, [])
+    data = json.loads(path.read_text())
+    assert data["device"]["driver"] == "3"
+    assert [made["versions"]["driver"] for made in data["entries"]] == ["2", "none"]
 
 
 def test_save_drops_what_is_stale_and_keeps_a_copy_of_what_is_foreign(places):
