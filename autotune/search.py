@@ -273,7 +273,8 @@ class Track:
         candidates: what became of each.
         binaries: of each binary the first candidate that has it.
         asked: how often the search has asked.
-        ranked: what may be taken, the preferred first; without its checkpoint segments until those are chosen.
+        ranked: what may be taken, in the order in which it is tried; without its checkpoint segments until those are chosen.
+        preferred: the same as it would be if it were no matter how many forms an operator has.
         ratios: of each candidate the time over the default's at the key.
         figures: what they are preferred by: that, and of those that were raced between the keys the mean of both.
         launches: how many were timed.
@@ -287,6 +288,7 @@ class Track:
     binaries: dict[str, LaunchConfig] = field(default_factory=dict)
     asked: int = 0
     ranked: list[LaunchConfig] = field(default_factory=list)
+    preferred: list[LaunchConfig] = field(default_factory=list)
     ratios: dict[LaunchConfig, float] = field(default_factory=dict)
     figures: dict[LaunchConfig, float] = field(default_factory=dict)
     launches: int = 0
@@ -372,10 +374,15 @@ class _Search:
         rank, ranks = (crew.rank, crew.world_size) if crew else (0, 1)
         fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
         self.journal = Journal(journal_path(path, rank), fingerprint, fresh, ranks)
-        self.known = {} if fresh else store.outdated(path, self.backend, self.description, self.versions)
+        outdated = {} if fresh else store.outdated(path, self.backend, self.description, self.versions)
+        self.known = {key: one.config for key, one in outdated.items()}
         self.kept = self._kept(groups)
         self.groups = groups = [group for group in groups if group.label() not in self.kept]
+        if all(map(self.chosen_before, groups)):
+            # no search needs their order; the proofs of long rows take long, and are made side by side
+            groups.sort(key=lambda group: -group.n)
         asked = {group.key(direction) for group in groups for direction in DIRECTIONS}
+        self.outdated = Counter(cause for key in asked if key in outdated for cause in outdated[key].since)
         self.stays = {key: config for key, config in store.chosen(path, self.description).items() if key not in asked}
         self.tuned = asked | self.stays.keys()
         self.journal.note("asked", "", [*self.others(), *(group.label() for group in groups)])
@@ -730,6 +737,7 @@ class _Search:
                 track.ranked, track.ratios, track.figures = found.ranked, found.ratios, found.ratios
                 if self.plan.between:
                     yield from self.between(direction, track, hints)
+                track.preferred = track.ranked
                 if self.backend == "triton":
                     track.ranked = self.familiar(track, self.forms(group.op))
             self.show(track, "searched")
@@ -768,7 +776,7 @@ class _Search:
 
     def familiar(self, track: Track, forms: Collection[Form]) -> list[LaunchConfig]:
         """The order in which the candidates of a direction are taken where an operator has these forms."""
-        return space.familiar(track.ranked, track.figures, forms, track.default, self.plan.search.keep)
+        return space.familiar(track.preferred, track.figures, forms, track.default, self.plan.search.keep)
 
     def agree(self, hunts: dict[str, Hunt]) -> None:
         """Has the groups of an item, in their order, take the same new forms of configurations where that costs little."""
@@ -782,8 +790,6 @@ class _Search:
                 if len(more) <= space.MOST_FORMS:
                     found |= more
                     continue
-                for track in tracks:
-                    track.ranked = [space.with_segments(config, track.default.checkpoint_segments) for config in track.ranked]
             for track in tracks:
                 track.ranked = self.familiar(track, found)
                 found.add(space.form(track.ranked[0]))
@@ -1020,7 +1026,32 @@ class _Search:
                 for config in (track.default, pair.configs()[direction]):
                     compiles.append(self.compile(self.beside(track), config, 0))
         wait(compiles)
-        return {name: self.held(hunts[name], pairs[name], raced, won[name], again) for name, raced in found.items()}
+        found = {name: self.held(hunts[name], pairs[name], raced, won[name], again) for name, raced in found.items()}
+        return self.few(hunts, pairs, found) if self.backend == "triton" else found
+
+    def few(self, hunts: dict[str, Hunt], pairs: dict[str, _Pair], raced: dict[str, _Raced]) -> dict[str, _Raced]:
+        """What is taken where a form that no key of the operator has must gain in its last race what it gained in the search.
+
+        Those that gain most come first. What was chosen before is taken as it is, and so is another number of checkpoint segments,
+        which is chosen for both directions together.
+        """
+        forms = {op: self.forms(op) for op in kernel_config.OPS}
+        new = []
+        for name, one in raced.items():
+            for direction, track in hunts[name].tracks.items():
+                config = pairs[name].configs()[direction]
+                if not one.taken[direction]:
+                    continue
+                if track.known is not None or self.other_segments(hunts[name], pairs[name]):
+                    forms[track.key.op].add(space.form(config))
+                else:
+                    new.append((_ratio(one.timed[direction], config, track.default) or 1.0, name, direction, track.key.op, config))
+        for ratio, name, direction, op, config in sorted(new, key=lambda found: found[0]):
+            if space.form(config) in forms[op] or ratio < space.least_gain(forms[op]):
+                forms[op].add(space.form(config))
+            else:
+                raced[name] = raced[name]._replace(taken=raced[name].taken | {direction: False})
+        return raced
 
     def final(self, hunt: Hunt, pair: _Pair, again: str) -> _Raced:
         """A race of what was chosen and the default at the key, on fresh samples."""
@@ -1227,6 +1258,7 @@ class _Search:
             "gpus": self.crew.world_size if self.crew else int(self.device.type == "cuda"),
             "resumed": self.resumed,
             "reverified": sum(map(self.chosen_before, self.groups)),
+            "outdated": dict(sorted(self.outdated.items())),
             "kept": len(self.kept),
             "phases": {name: round(spent, 1) for name, spent in self.phases.items()},
             "requests": self.requests(),

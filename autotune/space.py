@@ -187,6 +187,11 @@ def form(config: LaunchConfig) -> Form:
     return evidence.form(config.to_json())
 
 
+def least_gain(forms: Collection[Form]) -> float:
+    """The share of the time of every form of ``forms`` that a new one may take at most, where an operator has these."""
+    return NEW_FORM if len(forms) < MOST_FORMS else RARE_FORM
+
+
 def familiar(
     ranked: Sequence[LaunchConfig],
     ratios: Mapping[LaunchConfig, float],
@@ -210,7 +215,7 @@ def familiar(
     known = next((config for config in ranked if form(config) in forms), None)
     if known is not None and default in ranked and ratios[default] <= keep * ratios[known]:
         known = default
-    if known is None or ratios[ranked[0]] < (NEW_FORM if len(forms) < MOST_FORMS else RARE_FORM) * ratios[known]:
+    if known is None or ratios[ranked[0]] < least_gain(forms) * ratios[known]:
         return list(ranked)
     return [known, *(config for config in ranked if config != known)]
 

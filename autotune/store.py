@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -312,7 +312,19 @@ def stale(path: Path, backend: str) -> dict[Key, LaunchConfig]:
     return {key: launch for key, (launch, proof, _) in _chosen(path).items() if check_proof(proof, key, backend)}
 
 
-def outdated(path: Path, backend: str, device: dict[str, Any], versions: dict[str, Any]) -> dict[Key, LaunchConfig]:
+class Outdated(NamedTuple):
+    """What a file chose for a key that is to be proved and timed anew.
+
+    Attributes:
+        config: the choice.
+        since: what has changed: "kernel" where the proof is not of today's or does not hold, else names of :data:`BUILT_WITH`.
+    """
+
+    config: LaunchConfig
+    since: tuple[str, ...]
+
+
+def outdated(path: Path, backend: str, device: dict[str, Any], versions: dict[str, Any]) -> dict[Key, Outdated]:
     """What a file chose for the keys that are to be proved and timed anew; nothing where there is no such file of this device.
 
     Those are the keys whose proof is not of today's kernel, and those that were proved with another Triton or driver (on a CPU
@@ -324,12 +336,13 @@ def outdated(path: Path, backend: str, device: dict[str, Any], versions: dict[st
         device: as :func:`coordroute.autotune.device.describe` gives it today.
         versions: as :func:`coordroute.autotune.device.versions` gives them today.
     """
-    today = _made_with(device, versions)
-    return {
-        key: launch
-        for key, (launch, proof, made) in _chosen(path, device).items()
-        if any(made.get(name) != today.get(name) for name in BUILT_WITH[backend]) or check_proof(proof, key, backend)
-    }
+    today, found = _made_with(device, versions), {}
+    for key, (launch, proof, made) in _chosen(path, device).items():
+        since = ["kernel"] if check_proof(proof, key, backend) else []
+        since += [name for name in BUILT_WITH[backend] if made.get(name) != today.get(name)]
+        if since:
+            found[key] = Outdated(launch, tuple(since))
+    return found
 
 
 def chosen(path: Path, device: dict[str, Any]) -> dict[Key, LaunchConfig]:

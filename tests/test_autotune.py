@@ -112,8 +112,9 @@ def test_groups_of_an_item_agree_on_a_new_form_in_their_order(tmp_path):
         tracks = {way: made.track(group, way) for way in kernel_config.DIRECTIONS}
         for track in tracks.values():
             fast = 0.80 if group.n == 512 else 0.899
-            track.ranked = [resident(group.n, group.n // 64, 16 * one) for one in order] + [track.default]
-            track.figures = dict(zip(track.ranked, (fast, 0.90, 1.0), strict=True))
+            track.preferred = [resident(group.n, group.n // 64, 16 * one) for one in order] + [track.default]
+            track.figures = dict(zip(track.preferred, (fast, 0.90, 1.0), strict=True))
+            track.ranked = track.preferred[-1:] + track.preferred[:-1]  # as if no form but the default's had been known
         hunts[group.label()] = types.SimpleNamespace(group=group, tracks=tracks)
     made.agree(hunts)
     for way in kernel_config.DIRECTIONS:
@@ -172,9 +173,56 @@ def test_other_checkpoint_segments_are_taken_where_both_forms_have_room(tmp_path
     tracks = {way: made.track(group, way) for way in kernel_config.DIRECTIONS}
     for track in tracks.values():
         track.figures = {track.default: 1.0}
+        track.preferred = [track.default]
         track.ranked = [space.with_segments(track.default, 5)]
     made.agree({group.label(): types.SimpleNamespace(group=group, tracks=tracks)})
     assert {track.ranked[0].checkpoint_segments for track in tracks.values()} == ({5} if room == 2 else {20})
+
+
+def test_a_new_form_is_taken_where_its_last_race_shows_what_is_asked_of_one(tmp_path, monkeypatch):
+    """What gains most comes first; what has the same form then needs to gain no more than any other."""
+    groups = [Group("soft_topk", "float32", 4096, n) for n in (128, 256, 512, 1024)]
+    made = on_a_gpu(tmp_path / "made.json", groups)
+    monkeypatch.setattr(space, "MOST_FORMS", len(made.forms("soft_topk")) + 1)
+    one, two = 16, 32
+    gains = [(one, 0.99), (one, 0.96), (two, 0.91), (two, 0.97)]
+    hunts, pairs, raced = {}, {}, {}
+    for group, (rows, ratio) in zip(groups, gains, strict=True):
+        tracks = {way: made.track(group, way) for way in kernel_config.DIRECTIONS}
+        forward, backward = tracks.values()
+        config = resident(group.n, group.n // 64, rows)
+        hunts[group.label()] = types.SimpleNamespace(group=group, tracks=tracks)
+        pairs[group.label()] = search._Pair(config, backward.default, None, None)
+        timed = {forward.default: timing.Timed([10.0], ""), config: timing.Timed([10.0 * ratio], "")}
+        raced[group.label()] = search._Raced({"forward": timed, "backward": {}}, {"forward": True, "backward": False})
+
+    def taken():
+        found = made.few(hunts, pairs, dict(raced))
+        assert not any(one.taken["backward"] for one in found.values())
+        return [found[group.label()].taken["forward"] for group in groups]
+
+    # the second new form has the room there is, and for the first one a gain of 10 % is asked then
+    assert taken() == [False, False, True, True]
+    monkeypatch.setattr(space, "MOST_FORMS", space.MOST_FORMS + 1)
+    assert taken() == [True, True, True, True]
+    monkeypatch.setattr(space, "NEW_FORM", 0.95)
+    assert taken() == [False, False, True, True]
+    for hunt in hunts.values():  # what an earlier run has chosen stays
+        hunt.tracks["forward"].known = pairs[hunt.group.label()].one
+    assert taken() == [True, True, True, True]
+
+
+def test_after_an_upgrade_what_is_long_is_proved_first(tmp_path, monkeypatch):
+    groups = [Group("soft_topk", "float32", 4, n) for n in (16, 64, 32)]
+    assert on_a_gpu(tmp_path / "made.json", groups).groups == groups
+    known = {
+        group.key(way): store.Outdated(resident(64, 1, 1), ("driver",)) for group in groups for way in kernel_config.DIRECTIONS
+    }
+    monkeypatch.setattr(store, "outdated", lambda *arguments: known)
+    made = on_a_gpu(tmp_path / "made.json", groups, fresh=False)
+    assert [group.n for group in made.groups] == [64, 32, 16] and made.outdated == {"driver": 6}
+    known.popitem()  # one is searched, which is better done in its order
+    assert on_a_gpu(tmp_path / "made.json", groups, fresh=False).groups == groups
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
@@ -584,9 +632,9 @@ class Waiting:
         return self.asked[-1][2]
 
 
-def on_a_gpu(path, groups) -> search._Search:
+def on_a_gpu(path, groups, fresh: bool = True) -> search._Search:
     """A search whose requests wait, as if there were a GPU."""
-    made = search._Search(CPU, "quick", path, True, groups, None, 2, 0, None, None)
+    made = search._Search(CPU, "quick", path, fresh, groups, None, 2, 0, None, None)
     made.backend, made.pool = "triton", Waiting()
     return made
 
@@ -717,10 +765,12 @@ def test_what_another_triton_or_driver_made_is_outdated_and_serves_meanwhile(qui
             patched.setattr(store, "check_proof", lambda proof, key, backend: None)
             assert store.outdated(quick, backend, device, versions) == {}
             made_by(quick, name, "0")
-            assert store.outdated(quick, backend, device, versions) == (configs if counts else {})
+            found = store.outdated(quick, backend, device, versions)
     else:
         made_by(quick, name, "0")
-        assert store.outdated(quick, backend, device, versions) == (configs if counts else {})
+        found = store.outdated(quick, backend, device, versions)
+    assert {key: one.config for key, one in found.items()} == (configs if counts else {})
+    assert {one.since for one in found.values()} == ({(name,)} if counts else set())
     assert store.stale(quick, "cpu") == {} and store.read(quick).configs == configs
 
 
@@ -732,7 +782,7 @@ def test_after_a_change_of_version_what_was_chosen_is_proved_and_timed_again(qui
     made_by(quick, "torch", "0")
     noted.clear()
     first = run(groups=SMALL[:1])
-    assert (first["kept"], first["reverified"], len(first["keys"])) == (0, 1, 2)
+    assert (first["kept"], first["reverified"], len(first["keys"])) == (0, 1, 2) and first["outdated"] == {"torch": 2}
     assert {(config.rows_per_program == 1, count) for _, config, count in noted} == {(True, 7), (False, 7)} and len(noted) == 4
     # what was not asked for then says with what it was made, and is the only one that is outdated
     entries = json.loads(quick.read_text())["entries"]
