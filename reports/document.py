@@ -56,7 +56,7 @@ def build(evidence: Evidence) -> Document:
     else:
         blocks += tuning.chapter(evidence.autotune, names)
     blocks += tuning.quick(evidence.quick)
-    blocks += tuning.upgrade(evidence.upgrade, evidence.autotune)
+    blocks += tuning.upgrade(evidence.upgrades, evidence.autotune)
     blocks += tuning.landscape(evidence.exhaustive, names)
     blocks += tuning.transfer(evidence.between)
     blocks += tuning.replay(evidence.replay, names)
@@ -111,7 +111,8 @@ def _verdict(evidence: Evidence, panels: list[Panel]) -> Words:
         if gain is not None and tuned:
             said += f", {text.times(gain)} as fast as by default in the geometric mean"
             # the default itself may have become better since
-            if evidence.upgrade is not None and (since := evidence.upgrade["geometric_mean_gain"]) is not None:
+            again = evidence.upgrades.get("upgrade")
+            if again is not None and (since := again["geometric_mean_gain"]) is not None:
                 said += f" ({text.times(since)} when they were proved anew)"
         parts.append(said)
     measured = [(panel, panel.ratios(Series("soft_topk", "coordroute"))) for panel in panels]

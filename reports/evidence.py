@@ -28,10 +28,13 @@ MORE_COMMANDS = {
 }
 """Likewise for files that say how well the verification itself sees, and what else looked. The last two need the repository."""
 
-MADE_BY = {"exhaustive": "exhaust", "between": "exhaust", "upgrade": "autotune", "quick": "autotune"}
+UPGRADES = ("upgrade", "upgrade-driver", "upgrade-kernel")
+"""Searches after a change of Triton or of all kernels, of the driver alone, and of the kernels of one operator."""
+
+MADE_BY = {"exhaustive": "exhaust", "between": "exhaust", "quick": "autotune"} | dict.fromkeys(UPGRADES, "autotune")
 """The command of a file that is not named after it."""
 
-MORE_OF_DEVICE = ("sanitize", "exhaustive", "between", "replay", "upgrade", "quick")
+MORE_OF_DEVICE = ("sanitize", "exhaustive", "between", "replay", *UPGRADES, "quick")
 """Files of commands that a report does not need, but which are of its device where they are there."""
 
 OTHERS = "verify-*.json"
@@ -82,7 +85,7 @@ _FIELDS: dict[str, dict[str, str]] = {
     "exhaustive": {"rounds": WHOLE, "method": TEXT, "keys": LIST},
     "replay": {"source": TEXT, "seeds": WHOLE, "full_launches": TEXT, "strategies": LIST},
 }
-_FIELDS |= {"between": _FIELDS["exhaustive"], "upgrade": _FIELDS["autotune"], "quick": _FIELDS["autotune"]}
+_FIELDS |= {"between": _FIELDS["exhaustive"], "quick": _FIELDS["autotune"]} | dict.fromkeys(UPGRADES, _FIELDS["autotune"])
 _UNTIMED = ("exhaustive", "between", "replay")
 """Files that do not say how long they took."""
 
@@ -156,7 +159,7 @@ _TUNED = {"key": OBJECT, "config": MAYBE_OBJECT, "timing": MAYBE_OBJECT, "gain":
 _TIMING = {"median_us": NUMBER, "ci_us": INTERVAL, "default_us": NUMBER, "samples": WHOLE, "method": TEXT}
 _CANDIDATE = {"status": TEXT, "reason": TEXT}
 _SEARCHED = {"groups": MAYBE_WHOLE, "workers": MAYBE_WHOLE, "gpus": MAYBE_WHOLE, "reverified": MAYBE_WHOLE, "kept": MAYBE_WHOLE}
-_SEARCHED |= {"requests": MAYBE_OBJECT, "seconds_before": MAYBE_NUMBER}
+_SEARCHED |= {"requests": MAYBE_OBJECT, "seconds_before": MAYBE_NUMBER, "outdated": MAYBE_OBJECT}
 """What autotune.json may say of the search; a file from before it did has none."""
 _REQUESTS = {"requests": WHOLE, "seconds": NUMBER, "longest": NUMBER, "longest_about": TEXT}
 
@@ -251,9 +254,9 @@ class Evidence:
         others: the further files of verify, by their names; of any device.
         exhaustive: every candidate of some keys, timed; replay: searches replayed on it.
         between: every candidate at shapes that no key has.
-        upgrade: a search that found its choices made, but their proofs of other versions.
-        quick: a search of the effort of that name, for its time. These five are of the same device as the
-            commands' files.
+        quick: a search of the effort of that name, for its time. These four are of the same device as the commands' files.
+        upgrades: searches that found their choices made, but with other versions or kernels, by the names of :data:`UPGRADES`; of
+            the same device.
     """
 
     verify: Json | None = None
@@ -268,14 +271,19 @@ class Evidence:
     exhaustive: Json | None = None
     replay: Json | None = None
     between: Json | None = None
-    upgrade: Json | None = None
     quick: Json | None = None
+    upgrades: dict[str, Json] = field(default_factory=dict)
 
     def files(self) -> dict[str, Json]:
         """Name without .json -> content, for the files of commands that were there."""
         found = {"verify": self.verify, "autotune": self.autotune, "benchmark": self.benchmark, "sanitize": self.sanitize}
-        found |= {"exhaustive": self.exhaustive, "replay": self.replay, "between": self.between}
-        found |= {"upgrade": self.upgrade, "quick": self.quick}
+        found |= {
+            "exhaustive": self.exhaustive,
+            "replay": self.replay,
+            "between": self.between,
+            **self.upgrades,
+            "quick": self.quick,
+        }
         return {command: data for command, data in found.items() if data is not None}
 
     def reported(self) -> bool:
@@ -296,8 +304,8 @@ class Evidence:
 
 def load(folder: Path) -> Evidence:
     """Reads and checks the evidence of a folder: verify.json, autotune.json, benchmark.json or verify-*.json, at least one of them,
-    and sanitize.json, exhaustive.json, between.json, replay.json, upgrade.json, quick.json, mutants.json, false-alarms.json,
-    bytes.json, colt5.json and colt5-*.json.
+    and sanitize.json, exhaustive.json, between.json, replay.json, upgrade.json, upgrade-driver.json, upgrade-kernel.json,
+    quick.json, mutants.json, false-alarms.json, bytes.json, colt5.json and colt5-*.json.
 
     Raises:
         ValueError: no file, one that is not what its name says, or files of different devices.
@@ -340,8 +348,8 @@ def load(folder: Path) -> Evidence:
         found.get("exhaustive"),
         found.get("replay"),
         found.get("between"),
-        found.get("upgrade"),
         found.get("quick"),
+        {name: found[name] for name in UPGRADES if name in found},
     )
 
 
@@ -374,7 +382,7 @@ def read_file(path: Path, name: str) -> Json:
     _check_versions(path, data)
     checks = {"verify": _check_verify, "autotune": _check_autotune, "benchmark": _check_benchmark, "sanitize": _check_sanitize}
     checks |= {"exhaustive": _check_exhaustive, "replay": _check_replay, "between": _check_between}
-    checks |= {"upgrade": _check_autotune, "quick": _check_quick}
+    checks |= {"quick": _check_quick} | dict.fromkeys(UPGRADES, _check_autotune)
     checks[name](path, data)
     return data
 
@@ -465,6 +473,8 @@ def _check_autotune(path: Path, data: Json) -> None:
         _check(path, f"dropped[{status!r}]", number, WHOLE)
     for name, kind in _SEARCHED.items():
         _check(path, name, data.get(name), kind)
+    for cause, number in (data.get("outdated") or {}).items():
+        _check(path, f"outdated[{cause!r}]", number, WHOLE)
     for kind, one in (data.get("requests") or {}).items():
         _fields(path, f"requests[{kind!r}]", one, _REQUESTS)
     for i, key in enumerate(data["keys"]):

@@ -320,15 +320,30 @@ def _gpu_seconds(search: Json) -> float | None:
     return float((search["seconds"] + (before or 0.0)) * _gpus(search))
 
 
-def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:
-    """What proving and timing anew cost after a change of versions or kernels; nothing where there is no file."""
-    if data is None:
-        return []
-    blocks: list[Block] = [Heading("After an upgrade", anchor="upgrade")]
-    again = data.get("reverified")
-    said = (
-        f"The proofs of {text.several(len(data['keys']), 'key')} were of another kernel or other versions. In "
-        f"{text.duration(data['seconds'])} what they had chosen was proved anew and timed against the default"
+_SINCE = {"kernel": "another kernel", "triton": "another Triton", "driver": "another driver", "torch": "another torch"}
+
+
+def upgrade(files: dict[str, Json], autotune: Json | None) -> list[Block]:
+    """What proving and timing anew cost after a change of versions or kernels; nothing where there is no file.
+
+    Args:
+        files: by the name without .json.
+        autotune: the search that they are compared with.
+    """
+    blocks: list[Block] = [Heading("After an upgrade", anchor="upgrade")] if files else []
+    return blocks + [_upgraded(f"{name}.json", data, autotune) for name, data in files.items()]
+
+
+def _upgraded(name: str, data: Json, autotune: Json | None) -> Words:
+    keys, again = text.several(len(data["keys"]), "key"), data.get("reverified")
+    causes = data.get("outdated")
+    if causes:
+        said = " and ".join(f"{number} with {_SINCE.get(cause, cause)}" for cause, number in causes.items())
+        said = f"{name}: of {keys} {said} had been proved. "
+    else:
+        said = f"{name}: {keys} had been proved with another kernel or other versions. "
+    said += (
+        f"In {text.duration(data['seconds'])} what they had chosen was proved anew and timed against the default"
         + (f", without a search in {text.several(again, 'group')} of {data['groups']}" if again is not None else "")
         + "."
     )
@@ -337,18 +352,19 @@ def upgrade(data: Json | None, autotune: Json | None) -> list[Block]:
         said += f" {text.several(len(own), 'key')} kept a choice of their own"
         said += f", and the gain over that day's default is {text.times(gain)}."
     if autotune is None or autotune["effort"] != data["effort"]:
-        return [*blocks, Words(said)]
+        return Words(said)
     took, searched = _gpu_seconds(data), _gpu_seconds(autotune)
     if took is None or searched is None:
-        said += " What share that is of a search cannot be said: how long the interrupted run before took was not noted."
-        return [*blocks, Words(said)]
+        return Words(
+            f"{said} What share that is of a search cannot be said: how long the interrupted run before took was not noted."
+        )
     share = took / searched
     met = share <= UPGRADE_GOAL
     said += (
         f" That is {text.percent(share)} of the time on a GPU that the search of autotune.json took; at most "
         f"{text.percent(UPGRADE_GOAL)} is the goal: {'met' if met else 'missed'}."
     )
-    return [*blocks, Words(said, "pass" if met else "fail")]
+    return Words(said, "pass" if met else "fail")
 
 
 def quick(data: Json | None) -> list[Block]:

@@ -1172,6 +1172,27 @@ def test_an_upgrade_is_compared_with_the_search_by_the_time_of_all_gpus(tmp_path
     assert "(1.02× when they were proved anew)" in said and "the gain over that day's default is 1.02×." in said
 
 
+def test_upgrades_of_several_kinds_stand_side_by_side_and_say_what_had_changed(tmp_path):
+    autotune = synthetic_autotune()
+    again = autotune | {"seconds": 10.0, "groups": 10, "reverified": 10, "outdated": {"kernel": 1, "triton": 2}}
+    files = {
+        "upgrade": again,
+        "upgrade-kernel": autotune | {"seconds": 500.0},
+        "upgrade-driver": again | {"outdated": {"driver": 2}},
+    }
+    write(tmp_path / "in", autotune=autotune, **files)
+    render(tmp_path / "in", tmp_path / "out")
+    said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert said.count("## After an upgrade") == 1
+    n = len(autotune["keys"])
+    assert f"upgrade.json: of {n} keys 1 with another kernel and 2 with another Triton had been proved." in said
+    assert f"upgrade-driver.json: of {n} keys 2 with another driver had been proved." in said
+    assert f"upgrade-kernel.json: {n} keys had been proved with another kernel or other versions." in said
+    write(tmp_path / "in", autotune=autotune, upgrade=again | {"outdated": {"driver": "all"}})
+    with pytest.raises(ValueError, match=r"outdated\['driver'\]"):
+        evidence.load(tmp_path / "in")
+
+
 def test_a_search_that_was_interrupted_took_what_both_runs_did(tmp_path):
     """Of a file that does not say what the run before took, no share is made."""
     autotune = synthetic_autotune()
