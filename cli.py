@@ -1560,6 +1560,13 @@ def _configs(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     verdicts = store.files(device)
     found = {verdict.path: store.read(verdict.path) for verdict in verdicts if verdict.entries}
+    backend, today, versions = devices.backend(device), devices.describe(device), devices.versions()
+    outdated = {
+        path: Counter(
+            " and ".join(one.since) for key, one in store.outdated(path, backend, today, versions).items() if key in file.entries
+        )
+        for path, file in found.items()
+    }
     explained: list[Explanation] = []
     if arguments.explain is not None:
         dtype = arguments.dtype or "float32"
@@ -1568,8 +1575,8 @@ def _configs(arguments: argparse.Namespace) -> int:
     data: dict[str, Any] = {
         "schema": 1,
         "command": "configs",
-        "device": devices.describe(device),
-        "versions": devices.versions(),
+        "device": today,
+        "versions": versions,
         "date": _now(),
         "tuned_allowed": store.tuned_allowed(),
         "autotune_writes": str(store.output_path(device)),
@@ -1577,6 +1584,7 @@ def _configs(arguments: argparse.Namespace) -> int:
             asdict(verdict)
             | {"path": str(verdict.path)}
             | {"used_entries": list(found[verdict.path].entries.values()) if verdict.path in found else []}
+            | {"outdated": dict(outdated.get(verdict.path, {}))}
             for verdict in verdicts
         ],
         "explained": [one.to_json() for one in explained],
@@ -1589,7 +1597,7 @@ def _configs(arguments: argparse.Namespace) -> int:
                 yield from _show_explanation(one)
             return
         yield f"{data['device']['name']} ({device})"
-        yield from _show_verdicts(verdicts)
+        yield from _show_verdicts(verdicts, outdated, store.output_path(device))
         for path, file in found.items():
             yield f"\nEntries of {path}:"
             rows = [("operator", "direction", "dtype", "rows x n", "median us", "gain", "configuration")]
@@ -1605,7 +1613,10 @@ def _configs(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _show_verdicts(verdicts: Sequence[Verdict]) -> Iterator[str]:
+def _show_verdicts(
+    verdicts: Sequence[Verdict], outdated: Mapping[Path, Mapping[str, int]] | None = None, writes: Path | None = None
+) -> Iterator[str]:
+    """Lines on the files of a search, with how many used entries were made with other versions, and which file autotune writes."""
     if not verdicts:
         yield "COORDROUTE_TUNED=0: no file is read and the heuristic serves everywhere."
         return
@@ -1617,6 +1628,9 @@ def _show_verdicts(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"     {verdict.verdict}{entries}{reason}"
         for why, count in verdict.rejected.items():
             yield f"     {count} not used: {_one_line(why)}"
+        for since, count in (outdated or {}).get(verdict.path, {}).items():
+            again = "; `coordroute autotune` proves what it chose anew" if verdict.path == writes else ""
+            yield f"     {count} used, but proved and timed with another {since}{again}"
     if not any(verdict.entries for verdict in verdicts):
         yield "No file serves this device; `coordroute autotune` makes one."
 

@@ -795,6 +795,19 @@ def test_configs_says_why_an_entry_is_not_used(run):
     assert "     rejected: corrupt: not JSON" in run("configs", "--device", "cpu")[1]
 
 
+def test_configs_says_what_was_proved_with_another_version_and_serves(run):
+    path = store.output_path("cpu")
+    save_entry(KEY, path)
+    assert "another" not in run("configs", "--device", "cpu")[1]
+    document = json.loads(path.read_text())
+    document["versions"]["torch"] = "0"
+    path.write_text(json.dumps(document))
+    said = "     used (1 entry)\n     1 used, but proved and timed with another torch"
+    status, out, err = run("configs", "--device", "cpu")
+    assert (status, err) == (0, "") and f"{said}; `coordroute autotune` proves what it chose anew\n" in out
+    assert json.loads(run("configs", "--device", "cpu", "--json")[1])["files"][0]["outdated"] == {"torch": 1}
+
+
 def test_configs_explains_which_entry_serves_a_call(run, monkeypatch):
     path = store.output_path("cpu")
     save_entry(KEY, path)
