@@ -100,8 +100,8 @@ def neighbours(config: LaunchConfig, space: Sequence[LaunchConfig]) -> list[Laun
 
     A step is the next or the previous value of one field, of those that occur beside the same values of the other fields. A
     step in two fields counts where the work of a thread stays the same: twice the rows by twice the warps, half the block by
-    twice the programs. After a step the limit of registers may be the same, none, or the nearest to it that occurs; and
-    the next limits, and none, are steps themselves.
+    twice the programs. After a step the limit of registers may be the same, none, or of those that occur the nearest to it or to
+    what gives a program as many registers as before; and the next limits, and none, are steps themselves.
     """
     same = [other for other in space if other.variant == config.variant]
     shapes = {_shape(other): [one for one in same if _shape(one) == _shape(other)] for other in same}
@@ -109,8 +109,11 @@ def neighbours(config: LaunchConfig, space: Sequence[LaunchConfig]) -> list[Laun
     found = _next_limits(config, shapes.get(here, []))
     for shape in _next_shapes(here, list(shapes)):
         limits = {other.max_registers: other for other in shapes[shape]}
-        nearest = min(limits, key=lambda limit: (limit == 0, abs(limit - config.max_registers)))
-        found += [limits[limit] for limit in dict.fromkeys((config.max_registers, 0, nearest)) if limit in limits]
+        taken = [config.max_registers, 0]
+        warps = max(1, shape[STEPS.index("num_warps")])  # 0 on a CPU
+        for wanted in (config.max_registers, config.max_registers * config.num_warps / warps):
+            taken.append(min(limits, key=lambda limit: (limit == 0, abs(limit - wanted))))
+        found += [limits[limit] for limit in dict.fromkeys(taken) if limit in limits]
     return list(dict.fromkeys(found))
 
 

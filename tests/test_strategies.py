@@ -39,10 +39,12 @@ def test_limits_of_registers_are_reached_from_each_other():
     assert near(4, 50) == {0, 32, 64, 128}
 
 
-def test_a_step_keeps_the_limit_or_takes_the_nearest_or_none():
+def test_a_step_keeps_the_limit_or_takes_the_nearest_or_none_or_that_with_as_many_registers_a_program():
     found = strategies.neighbours(resident(1, 4, 64), LIMITS)
-    assert {one.max_registers for one in found if one.num_warps == 2} == {64, 0}
+    assert {one.max_registers for one in found if one.num_warps == 2} == {64, 0, 128}
     assert {one.max_registers for one in found if one.num_warps == 8} == {32, 0}
+    assert {one.max_registers for one in strategies.neighbours(resident(1, 4, 128), LIMITS) if one.num_warps == 8} == {128, 0, 32}
+    assert {one.max_registers for one in strategies.neighbours(resident(1, 2, 64), LIMITS) if one.num_warps == 4} == {64, 0, 32}
     assert {one.num_warps for one in strategies.neighbours(resident(1, 2), LIMITS)} == {2, 4}
 
 
