@@ -1081,13 +1081,17 @@ def _show_autotune(evidence: dict[str, Any], device: torch.device, path: Path) -
         yield f"\nGain over the default: {mean:.2f}x in the geometric mean of {len(keys)} keys; the default stays for {stays}."
     if evidence["resumed"]:
         yield f"Of these keys {evidence['resumed']} are from the interrupted run before."
+    if evidence["reverified"]:
+        again = _count(2 * evidence["reverified"], "key", "keys")
+        since = " and ".join(f"another {cause}" for cause in evidence["outdated"])
+        yield f"What {again} had was made with {since}: it was proved and timed anew, and nothing was searched; --fresh does that."
     if evidence["kept"]:
         kept = _count(2 * evidence["kept"], "other entry", "other entries")
         yield f"The proofs of {kept} hold, and they are as they were; --fresh searches them too."
     yield from _show_dropped(evidence)
     tuned = sum(1 for key in keys if key["config"])
     if not tuned:
-        yield f"Nothing was tuned, and {path} was not written."
+        yield f"Nothing was tuned, and {path} has no new entry."
         return
     yield f"Wrote {_count(tuned, 'entry', 'entries')}: {path}"
     if not store.tuned_allowed():

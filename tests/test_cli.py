@@ -291,6 +291,8 @@ def evidence(*keys: dict, **changes: object) -> dict:
         "effort": "quick",
         "file": "x.json",
         "resumed": 0,
+        "reverified": 0,
+        "outdated": {},
         "kept": 0,
         "keys": list(keys),
         "dropped": {},
@@ -306,7 +308,7 @@ def test_autotune_shows_what_was_tuned_and_how_to_see_what_serves(run, monkeypat
         assert groups == space.groups("cpu", "full")
         progress(4, 1, "timing something", 12.0)
         watch(search.KeyStatus(Key(**tuned()["key"]), "tuned", 40.0, 1.25))
-        return evidence(tuned(), tuned("backward"), resumed=2, kept=3)
+        return evidence(tuned(), tuned("backward"), resumed=2, kept=3, reverified=1, outdated={"kernel": 2, "driver": 2})
 
     monkeypatch.setattr(search, "run", fake)
     status, out, err = run("autotune", "--device", "cpu", "--effort", "full", "--fresh", "--json", "deep/evidence.json")
@@ -318,12 +320,13 @@ def test_autotune_shows_what_was_tuned_and_how_to_see_what_serves(run, monkeypat
     assert row.split() == ["forward", "float32", "256x512", "50.00", "40.00", "1.25x", "eager", "rows=64", "segments=4"]
     assert f"Wrote 2 entries: {path}\n" in out
     assert "Of these keys 2 are from the interrupted run before." in out
+    assert "What 2 keys had was made with another kernel and another driver: it was proved and timed anew, and nothing" in out
     assert "The proofs of 6 other entries hold, and they are as they were; --fresh searches them too." in out
     assert "coordroute configs --device cpu --explain 256x512 --dtype float32" in out
     assert "do not search there" not in out
     written = json.loads(Path("deep/evidence.json").read_text())
     assert written.pop("lookup") is not None
-    assert written == evidence(tuned(), tuned("backward"), resumed=2, kept=3)
+    assert written == evidence(tuned(), tuned("backward"), resumed=2, kept=3, reverified=1, outdated={"kernel": 2, "driver": 2})
 
 
 def test_autotune_of_some_operators_and_dtypes(run, monkeypatch):
