@@ -738,6 +738,78 @@ def test_what_was_kept_is_kept_by_the_run_that_goes_on_with_an_interrupted_one(q
     assert (again["kept"], again["resumed"], len(again["keys"])) == (1, 2, 2)
 
 
+GPU = {"name": "A GPU", "sm_count": 132, "capability": "9.0", "memory_bytes": 1 << 36, "driver": "1"}
+
+
+@pytest.fixture
+def whole(monkeypatch, tmp_path):
+    """Runs a whole search as if there were a GPU: every proof holds, and a candidate's time is what the test says."""
+
+    def prove(device, op, dtype, rows, n, forward, backward, seed=0):
+        made = fake_proof(op, device, dtype, n, forward, backward, None).proof
+        made = made | {"kernel_sha256": proof.kernel_sha256(op, "triton"), "binary_sha256": "0" * 64}
+        return proof.Proved("ok", "", made, made)
+
+    monkeypatch.setattr(search.devices, "backend", lambda device: "triton")
+    monkeypatch.setattr(search.devices, "describe", lambda device: GPU)
+    monkeypatch.setattr(proof, "prove", prove)
+
+    def call(time, groups, **more):
+        def sample(self, name, configs, rounds, seconds=None):
+            return {config: [10.0 * time(name, config, rounds)] * rounds for config in configs}, {}
+
+        monkeypatch.setattr(timer.Timer, "sample", sample)
+        return search.run("cpu", "full", tmp_path / "a-gpu.json", workers=0, groups=groups, **more)
+
+    return call
+
+
+@pytest.mark.parametrize(("last", "taken"), [(0.9, True), (0.96, True), (0.975, False), (0.99, False)])
+def test_a_whole_search_ships_a_new_form_only_where_the_last_race_shows_it(whole, tmp_path, last, taken):
+    groups = [Group("soft_topk", "float32", 4096, n) for n in (128, 256, 512)]
+    odd, rounds_of_last = (16, 8), search._PLANS["triton", "full"].final_rounds
+    keys = [group.key(way) for group in groups for way in kernel_config.DIRECTIONS]
+    default = {
+        (key.direction, one.n): kernel_config.heuristic(key, "triton") for key in keys for one in (key, space.between(key, ()))
+    }
+
+    def time(name, config, rounds):
+        _, way, _, shape = name.split()[:4]
+        if config == default[way, int(shape.split("x")[1])]:
+            return 1.0
+        if way == "backward" or (config.rows_per_program, config.num_warps) != odd or config.max_registers:
+            return 1.1
+        return last if rounds == rounds_of_last else 0.9
+
+    found = whole(time, groups)
+    forward = [made for made in found["keys"] if made["key"]["direction"] == "forward"]
+    assert len(forward) == 3 and all(made["config"] for made in found["keys"])
+    assert {(made["config"]["rows_per_program"], made["config"]["num_warps"]) == odd for made in forward} == {taken}
+    entries = store.read(tmp_path / "a-gpu.json").entries
+    assert len(entries) == 6 and all(entry["proof"]["binary_sha256"] for entry in entries.values())
+
+
+def test_a_whole_search_proves_anew_what_another_driver_had_made_and_keeps_its_choice(whole, tmp_path, monkeypatch):
+    groups = [Group("soft_topk", "float32", 4096, n) for n in (128, 256)]
+    asked = []
+
+    def time(name, config, rounds):
+        asked.append((name, config))
+        return 0.9 if " forward " in name and config.num_warps == 8 and config.rows_per_program == 16 else 1.0
+
+    first = whole(time, groups)
+    assert first["outdated"] == {} and first["geometric_mean_gain"] > 1.02
+    monkeypatch.setattr(search.devices, "describe", lambda device: GPU | {"driver": "2"})
+    before, searched = store.read(tmp_path / "a-gpu.json").configs, len(asked)
+    again = whole(time, groups)
+    assert again["outdated"] == {"driver": 4} and (again["reverified"], again["kept"]) == (2, 0)
+    file = store.read(tmp_path / "a-gpu.json")
+    assert file.configs == before and file.device["driver"] == "2"
+    # what was chosen and the default, once each
+    assert len(asked) - searched == 4 + sum(made["gain"] != 1.0 for made in again["keys"])
+    assert whole(time, groups)["reverified"] == 0
+
+
 def made_by(path, name: str, version: str) -> None:
     """The file as if it had been made with another version."""
     data = json.loads(path.read_text())
