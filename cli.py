@@ -1084,7 +1084,7 @@ def _show_autotune(evidence: dict[str, Any], device: torch.device, path: Path) -
     if evidence["reverified"]:
         again = _count(2 * evidence["reverified"], "key", "keys")
         since = " and ".join(f"another {cause}" for cause in evidence["outdated"])
-        yield f"What {again} had was made with {since}: it was proved and timed anew, and nothing was searched; --fresh does that."
+        yield f"What {again} had was made with {since}: it was proved and timed anew, not searched; --fresh searches it too."
     if evidence["kept"]:
         kept = _count(2 * evidence["kept"], "other entry", "other entries")
         yield f"The proofs of {kept} hold, and they are as they were; --fresh searches them too."

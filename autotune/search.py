@@ -374,15 +374,13 @@ class _Search:
         rank, ranks = (crew.rank, crew.world_size) if crew else (0, 1)
         fingerprint = _fingerprint(self.description, self.versions, self.backend, effort)
         self.journal = Journal(journal_path(path, rank), fingerprint, fresh, ranks)
-        outdated = {} if fresh else store.outdated(path, self.backend, self.description, self.versions)
-        self.known = {key: one.config for key, one in outdated.items()}
+        self.known = {} if fresh else store.outdated(path, self.backend, self.description, self.versions)
         self.kept = self._kept(groups)
         self.groups = groups = [group for group in groups if group.label() not in self.kept]
         if all(map(self.chosen_before, groups)):
             # no search needs their order; the proofs of long rows take long, and are made side by side
-            groups.sort(key=lambda group: -group.n)
+            groups.sort(key=lambda group: group.n, reverse=True)
         asked = {group.key(direction) for group in groups for direction in DIRECTIONS}
-        self.outdated = Counter(cause for key in asked if key in outdated for cause in outdated[key].since)
         self.stays = {key: config for key, config in store.chosen(path, self.description).items() if key not in asked}
         self.tuned = asked | self.stays.keys()
         self.journal.note("asked", "", [*self.others(), *(group.label() for group in groups)])
@@ -539,7 +537,7 @@ class _Search:
 
     def track(self, group: Group, direction: str) -> Track:
         key = group.key(direction)
-        known = self.known[key] if self.chosen_before(group) else None
+        known = self.known[key].config if self.chosen_before(group) else None
         return Track(key, kernel_config.heuristic(key, self.backend), known)
 
     def seeds(self, track: Track) -> list[LaunchConfig]:
@@ -931,11 +929,12 @@ class _Search:
         self.spent("prove", begin)
         begin = time.monotonic()
         raced = self.raced(hunts, pairs, "")
+        raced = self.few(hunts, pairs, raced, raced)
         # where a default is to be shipped after all it is proved first, and then timed again; nothing is timed meanwhile
         late = {name: self.late_proof(hunts[name]) for name, pair in pairs.items() if self.unproved(hunts[name], pair, raced[name])}
         for name, default in self.driven(late, hunts, 0).items():
             pairs[name] = pairs[name]._replace(default=default)
-        raced |= self.raced(hunts, {name: pairs[name] for name in late}, " again")
+        raced = self.few(hunts, pairs, raced | self.raced(hunts, {name: pairs[name] for name in late}, " again"), late)
         found = {name: self.settled(hunts[name], pair, raced[name]) for name, pair in pairs.items()}
         self.spent("last race", begin)
         return found
@@ -1026,15 +1025,19 @@ class _Search:
                 for config in (track.default, pair.configs()[direction]):
                     compiles.append(self.compile(self.beside(track), config, 0))
         wait(compiles)
-        found = {name: self.held(hunts[name], pairs[name], raced, won[name], again) for name, raced in found.items()}
-        return self.few(hunts, pairs, found) if self.backend == "triton" else found
+        return {name: self.held(hunts[name], pairs[name], raced, won[name], again) for name, raced in found.items()}
 
-    def few(self, hunts: dict[str, Hunt], pairs: dict[str, _Pair], raced: dict[str, _Raced]) -> dict[str, _Raced]:
+    def few(
+        self, hunts: dict[str, Hunt], pairs: dict[str, _Pair], raced: dict[str, _Raced], todo: Collection[str]
+    ) -> dict[str, _Raced]:
         """What is taken where a form that no key of the operator has must gain in its last race what it gained in the search.
 
-        Those that gain most come first. What was chosen before is taken as it is, and so is another number of checkpoint segments,
-        which is chosen for both directions together.
+        Of the groups of ``todo`` those that gain most come first. What other groups take stays, and so do what was chosen before
+        and another number of checkpoint segments, which is chosen for both directions together. On a CPU forms are not counted.
         """
+        if self.backend != "triton":
+            return raced
+        raced = dict(raced)
         forms = {op: self.forms(op) for op in kernel_config.OPS}
         new = []
         for name, one in raced.items():
@@ -1042,7 +1045,7 @@ class _Search:
                 config = pairs[name].configs()[direction]
                 if not one.taken[direction]:
                     continue
-                if track.known is not None or self.other_segments(hunts[name], pairs[name]):
+                if name not in todo or track.known is not None or self.other_segments(hunts[name], pairs[name]):
                     forms[track.key.op].add(space.form(config))
                 else:
                     new.append((_ratio(one.timed[direction], config, track.default) or 1.0, name, direction, track.key.op, config))
@@ -1239,6 +1242,12 @@ class _Search:
             for candidate in key["candidates"]:
                 if candidate["status"] != "timed":
                     dropped[candidate["status"]] += 1
+        outdated = Counter(
+            cause
+            for group in filter(self.chosen_before, self.groups)
+            for direction in DIRECTIONS
+            for cause in self.known[group.key(direction)].since
+        )
         left_out = len(self.groups) - len(self.results)
         if left_out:
             dropped["keys left out: out of time"] = 2 * left_out
@@ -1258,7 +1267,7 @@ class _Search:
             "gpus": self.crew.world_size if self.crew else int(self.device.type == "cuda"),
             "resumed": self.resumed,
             "reverified": sum(map(self.chosen_before, self.groups)),
-            "outdated": dict(sorted(self.outdated.items())),
+            "outdated": dict(sorted(outdated.items())),
             "kept": len(self.kept),
             "phases": {name: round(spent, 1) for name, spent in self.phases.items()},
             "requests": self.requests(),

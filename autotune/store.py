@@ -360,7 +360,7 @@ def _chosen(path: Path, device: dict[str, Any] | None = None) -> dict[Key, tuple
         data = read_json(path)
     except (OSError, InvalidFile):
         return found
-    if device is not None and any(data["device"][name] != device[name] for name in ("name", "capability")):
+    if device is not None and not _same(data["device"], device):
         return found
     for entry in data["entries"]:
         with contextlib.suppress(InvalidFile, KeyError, TypeError, ValueError):
@@ -402,13 +402,18 @@ def _is_power_of_2(x: int) -> bool:
     return x >= 1 and x & (x - 1) == 0
 
 
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two ``device`` objects are of the same device."""
+    return all(one[name] == other[name] for name in ("name", "capability"))
+
+
 def check_device(found: ConfigFile, identity: devices.Identity) -> None:
     """Checks that a file is of this device.
 
     Raises:
         InvalidFile: it is of another one.
     """
-    if found.device["name"] != identity.name or found.device["capability"] != identity.capability:
+    if not _same(found.device, {"name": identity.name, "capability": identity.capability}):
         raise InvalidFile(
             f"is of another device: {found.device['name']!r} ({found.device['capability']}), "
             f"this is {identity.name!r} ({identity.capability})"

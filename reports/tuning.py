@@ -320,9 +320,6 @@ def _gpu_seconds(search: Json) -> float | None:
     return float((search["seconds"] + (before or 0.0)) * _gpus(search))
 
 
-_SINCE = {"kernel": "another kernel", "triton": "another Triton", "driver": "another driver", "torch": "another torch"}
-
-
 def upgrade(files: dict[str, Json], autotune: Json | None) -> list[Block]:
     """What proving and timing anew cost after a change of versions or kernels; nothing where there is no file.
 
@@ -330,15 +327,17 @@ def upgrade(files: dict[str, Json], autotune: Json | None) -> list[Block]:
         files: by the name without .json.
         autotune: the search that they are compared with.
     """
-    blocks: list[Block] = [Heading("After an upgrade", anchor="upgrade")] if files else []
-    return blocks + [_upgraded(f"{name}.json", data, autotune) for name, data in files.items()]
+    if not files:
+        return []
+    said = [_upgraded(f"{name}.json", data, autotune) for name, data in files.items()]
+    return [Heading("After an upgrade", anchor="upgrade"), *said]
 
 
 def _upgraded(name: str, data: Json, autotune: Json | None) -> Words:
     keys, again = text.several(len(data["keys"]), "key"), data.get("reverified")
     causes = data.get("outdated")
     if causes:
-        said = " and ".join(f"{number} with {_SINCE.get(cause, cause)}" for cause, number in causes.items())
+        said = " and ".join(f"{number} with another {cause}" for cause, number in causes.items())
         said = f"{name}: of {keys} {said} had been proved. "
     else:
         said = f"{name}: {keys} had been proved with another kernel or other versions. "

@@ -320,7 +320,7 @@ def test_autotune_shows_what_was_tuned_and_how_to_see_what_serves(run, monkeypat
     assert row.split() == ["forward", "float32", "256x512", "50.00", "40.00", "1.25x", "eager", "rows=64", "segments=4"]
     assert f"Wrote 2 entries: {path}\n" in out
     assert "Of these keys 2 are from the interrupted run before." in out
-    assert "What 2 keys had was made with another kernel and another driver: it was proved and timed anew, and nothing" in out
+    assert "What 2 keys had was made with another kernel and another driver: it was proved and timed anew, not searched;" in out
     assert "The proofs of 6 other entries hold, and they are as they were; --fresh searches them too." in out
     assert "coordroute configs --device cpu --explain 256x512 --dtype float32" in out
     assert "do not search there" not in out

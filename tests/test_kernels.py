@@ -809,7 +809,7 @@ def test_scores_far_off_cost_no_sweeps(far: str, config: LaunchConfig) -> None:
     """
     low, high = FAR[far]
     # Triton's interpreter repeats rows that programs share once an exchange
-    rows, budgets = (1, (9.5,)) if config.variant == "split" else (4, (9.5, 30.0))
+    rows, budgets = (2, (9.5,)) if config.variant == "split" else (4, (9.5, 30.0))
     s = torch.randn(rows, 96, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     draw_far = torch.rand(rows, 96, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     masked, kept = (draw_far < 0.4) & (low != 0.0), (draw_far > 0.95) & (high != 0.0)

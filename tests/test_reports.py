@@ -1185,7 +1185,7 @@ def test_upgrades_of_several_kinds_stand_side_by_side_and_say_what_had_changed(t
     said = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert said.count("## After an upgrade") == 1
     n = len(autotune["keys"])
-    assert f"upgrade.json: of {n} keys 1 with another kernel and 2 with another Triton had been proved." in said
+    assert f"upgrade.json: of {n} keys 1 with another kernel and 2 with another triton had been proved." in said
     assert f"upgrade-driver.json: of {n} keys 2 with another driver had been proved." in said
     assert f"upgrade-kernel.json: {n} keys had been proved with another kernel or other versions." in said
     write(tmp_path / "in", autotune=autotune, upgrade=again | {"outdated": {"driver": "all"}})
